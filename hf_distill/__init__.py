@@ -1,0 +1,43 @@
+"""Knowledge distillation for Hugging Face users: one teacher layer, one objective layer, thin trainers, one file per paper."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Signals": "signals",
+    "HeadLogits": "signals",
+    "SparseLogits": "signals",
+    "Objective": "objectives",
+    "LogitKD": "objectives",
+    "NextToken": "objectives",
+    "FeatureKD": "objectives",
+    "Teacher": "teachers",
+    "FrozenTeacher": "teachers",
+    "AdapterOffTeacher": "teachers",
+    "DataCollatorForDistillation": "curricula",
+    "DistillCallback": "training.callbacks",
+    "TeacherAgreementCallback": "training.callbacks",
+    "SampleCompletionsCallback": "training.callbacks",
+    "DistillTrainer": "training.trainers",
+    "DistillSFTTrainer": "training.trainers",
+    "DistillDPOTrainer": "training.trainers",
+    "DistillConfig": "training.config",
+    "DistillSFTConfig": "training.config",
+    "DistillDPOConfig": "training.config",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_distill' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hf_distill.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

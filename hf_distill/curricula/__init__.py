@@ -1,0 +1,5 @@
+"""What the student meets next."""
+
+from hf_distill.curricula.collators import DataCollatorForDistillation
+
+__all__ = ["DataCollatorForDistillation"]

@@ -1,0 +1,213 @@
+"""Reading a Hugging Face model's signals: its backbone, its head, and whether both really are its logits."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.signals import HeadLogits, Rows, Signals
+
+logger = logging.getLogger(__name__)
+
+# heads that are more than one projection of the backbone's last hidden state: run dense, said aloud
+DENSE_FAMILIES = ("ForMaskedLM", "ForPreTraining", "LMHeadModelWithValueHead", "XLNetLMHeadModel", "XLMWithLMHeadModel")
+POSITION_TASKS = ("ForMaskedLM", "ForTokenClassification")
+ROW_KEYS = ("loss_rows", "row_labels", "row_document", "document_example")
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The transformers model below a PEFT wrapper.
+
+    Raises:
+        ValueError: prompt learning, whose virtual tokens exist only in the wrapper's forward.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(
+            f"{type(config).__name__} adds virtual tokens in its wrapper, which distillation does not call; "
+            "use LoRA or full fine-tuning"
+        )
+    return model.get_base_model()
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def has_row_labels(model: nn.Module) -> bool:
+    """Whether labels belong to positions (language models, token tasks) and not to whole samples."""
+    base = base_model_of(model)
+    return base.get_output_embeddings() is not None or getattr(base, "loss_type", None) in POSITION_TASKS
+
+
+def labels_are_shifted(model: nn.Module) -> bool:
+    """Whether position s predicts the label at s + 1 (causal language models), or its own."""
+    base = base_model_of(model)
+    unshifted = is_encoder_decoder(base) or getattr(base, "loss_type", None) in POSITION_TASKS
+    return has_row_labels(base) and not unshifted
+
+
+def runs_dense(model: nn.Module) -> bool:
+    """Whether the model has no plain head on a backbone, so that its own logits are used."""
+    base = base_model_of(model)
+    return (
+        base.get_output_embeddings() is None
+        or getattr(base, "base_model", base) is base
+        or any(family in type(base).__name__ for family in DENSE_FAMILIES)
+    )
+
+
+def logit_scale_of(model: nn.Module) -> float:
+    """What multiplies head(hidden) in this family (Cohere, Falcon-H1, Granite, MiniCPM, T5 with a tied head...)."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "model_type", "") in ("t5", "mt5", "umt5", "switch_transformers"):
+        scaled = getattr(config, "scale_decoder_outputs", None)
+        scaled = config.tie_word_embeddings if scaled is None else scaled
+        return config.d_model**-0.5 if scaled else 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def full_tensor(parameter: Tensor | None) -> Tensor | None:
+    """A sharded parameter gathered once for this step; a plain one as it is."""
+    if parameter is None or type(parameter).__name__ != "DTensor":
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    # FSDP averages gradients over ranks; a plain full_tensor() would sum them and silently change the scale
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def head_logits(model: nn.Module, hidden: Tensor) -> HeadLogits:
+    """HeadLogits of rows (N, H) under the model's own head. Call it inside the wrapped model's forward."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if weight.is_meta:
+        weight, bias = resident_head(head)
+    extra = getattr(model, "final_logits_bias", None)  # BART, Marian: a buffer (1, V)
+    if extra is not None:
+        bias = extra[0] if bias is None else bias + extra[0]
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return HeadLogits(hidden, full_tensor(weight), full_tensor(bias), logit_scale_of(model), softcap)
+
+
+def resident_head(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weights of a head that accelerate keeps offloaded outside its forward; loaded once and kept."""
+    cached = getattr(head, "_hf_distill_resident", None)
+    if cached is None:
+        hook = getattr(head, "_hf_hook", None)
+        if hook is None or hook.weights_map is None:
+            raise ValueError("the model's head has no weights in memory (meta device) and no offload hook to load them")
+        device = hook.execution_device
+        cached = tuple(
+            hook.weights_map[name].to(device) if getattr(head, name, None) is not None else None
+            for name in ("weight", "bias")
+        )
+        head._hf_distill_resident = cached
+    return cached
+
+
+def rows_of(batch: dict, prefix: str = "") -> Rows | None:
+    if prefix + "loss_rows" not in batch:
+        return None
+    return Rows(*(batch[prefix + key] for key in ROW_KEYS))
+
+
+def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | None, *, dense: bool = False) -> Signals:
+    """Run a model once and read its signals.
+
+    Args:
+        model: a transformers model (PEFT allowed); call it inside the wrapped model's forward when it is wrapped.
+        batch: the model's inputs, with or without `labels`; row keys of the collator are ignored.
+        needs: of "logits", "hidden_states", "attentions".
+        rows: the rows that carry loss; None for models with one label per sample.
+        dense: take the model's own logits instead of backbone and head.
+    """
+    base = base_model_of(model)
+    inputs = {k: v for k, v in batch.items() if k not in ROW_KEYS and k != "labels" and not k.startswith("teacher_")}
+    if is_encoder_decoder(base) and "decoder_input_ids" not in inputs and "labels" in batch:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    if has_row_labels(base):
+        inputs["use_cache"] = False  # with a cache, packed documents see each other
+    options = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
+    by_head = "logits" in needs and not dense and not runs_dense(base)
+    if by_head or ("logits" not in needs and getattr(base, "base_model", base) is not base):
+        out = base.base_model(**inputs, **options)
+        logits = None
+        if by_head:
+            hidden = out.last_hidden_state
+            logits = head_logits(base, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index))
+    else:
+        out = base(**inputs, **options)
+        logits = out.logits
+        if rows is not None:
+            logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.index)
+    prefix = "decoder_" if is_encoder_decoder(base) else ""
+    return Signals(
+        logits=logits,
+        labels=batch.get("labels") if rows is None else rows.labels,
+        hidden_states=tuple(getattr(out, prefix + "hidden_states", None) or ()),
+        attentions=tuple(getattr(out, prefix + "attentions", None) or ()),
+        rows=rows,
+        batch=batch,
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, what: str) -> None:
+    """Compare HeadLogits of a few rows with the model's own logits.
+
+    Args:
+        what: "student" or "teacher", for the message.
+
+    Raises:
+        ValueError: they differ: this family's logits are more than its head on its backbone.
+    """
+    base = base_model_of(model)
+    if runs_dense(base):
+        if base.get_output_embeddings() is not None:
+            logger.warning("%s %s runs with dense logits: its head is more than one projection", what, type(base).__name__)
+        return
+    parameter = base.get_input_embeddings().weight
+    if parameter.is_meta and not hasattr(base, "hf_device_map") and not hasattr(base, "_hf_hook"):
+        return  # weights arrive later (another rank holds and checks them)
+    vocabulary = parameter.shape[0]
+    ids = (torch.arange(12, device=_input_device(base)) * 7919 % max(vocabulary - 1, 1))[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_encoder_decoder(base):
+        batch["decoder_input_ids"] = ids
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        own = base(**batch, use_cache=False).logits[0]
+        index = torch.arange(own.shape[0], device=ids.device)
+        rows = Rows(index, ids[0], torch.zeros_like(index), index[:1])
+        ours = collect(model, batch, frozenset({"logits"}), rows).logits.dense()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    own = own.to(ours.device)
+    tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) and base.dtype == torch.float32 else 3e-2
+    difference = (ours - own.to(ours)).abs().max() / own.abs().max().clamp(min=1e-6)
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the {what}'s logits are not its head times its last hidden state: {type(base).__name__} differs by "
+            f"{difference.item():.2%} on a probe. Set dense_logits=True to use its own logits (more memory)"
+        )
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    return model.get_input_embeddings().weight.device

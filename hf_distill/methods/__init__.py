@@ -1,0 +1,18 @@
+"""One file per paper."""
+
+from __future__ import annotations
+
+from hf_distill.methods._card import MethodCard, all_cards
+
+METHODS = (
+    "logit_kd",
+    "taid",
+)
+
+
+def cards() -> list[MethodCard]:
+    """Cards of all methods, ours first, then those of installed packages."""
+    return all_cards(METHODS)
+
+
+__all__ = ["METHODS", "MethodCard", "cards"]

@@ -1,0 +1,217 @@
+"""Teachers that are a frozen model in this process: any dtype, 8- or 4-bit, offloaded, or the student's own base."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import torch
+from torch import nn
+
+from hf_distill.heads import base_model_of, check_head, collect, rows_of, runs_dense
+from hf_distill.signals import Signals
+from hf_distill.teachers.base import Teacher, teacher_batch
+from hf_distill.training import compat
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenTeacher(Teacher):
+    """A model that does not learn.
+
+    Args:
+        model: a transformers model. It is put in eval mode and its parameters are frozen.
+        tokenizer: its tokenizer or processor, to compare with the student's; None skips the comparison.
+        name, revision: for cards and messages.
+        dense_logits: take the model's own logits instead of its backbone and head.
+
+    Example:
+        >>> teacher = FrozenTeacher.from_pretrained("Qwen/Qwen2.5-7B-Instruct", load_in_4bit=True)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, tokenizer=None, *, name=None, revision=None, dense_logits: bool = False):
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._tokenizer = tokenizer
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.revision = revision or getattr(model.config, "_commit_hash", None)
+        self.dense_logits = dense_logits
+        self.wrapped: nn.Module = model
+        self._redirect = compat.ForwardRedirection()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        auto_class=None,
+        revision: str | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        quantization_config=None,
+        dense_logits: bool = False,
+        trust_remote_code: bool = False,
+        **init_kwargs,
+    ) -> FrozenTeacher:
+        """Load a teacher from a Hub id or a folder; safetensors only.
+
+        Args:
+            auto_class: which `AutoModel…` loads it; None reads the class from the checkpoint's own config.
+            load_in_8bit, load_in_4bit: through bitsandbytes (nf4). `quantization_config` for other settings.
+            init_kwargs: dtype (default: the checkpoint's; float32 on a CPU, where bfloat16 is several times slower),
+                device_map, attn_implementation, max_memory…
+
+        Raises:
+            ValueError: the path is not a model; both or conflicting quantisations.
+            ImportError: quantisation without bitsandbytes.
+        """
+        if load_in_8bit and load_in_4bit:
+            raise ValueError("the teacher can be loaded in 8 or in 4 bit, not both")
+        if quantization_config is None and (load_in_8bit or load_in_4bit):
+            quantization_config = bitsandbytes_config(load_in_4bit)
+        model = compat.load_model(
+            path,
+            auto_class=auto_class,
+            revision=revision,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+            what="teacher",
+            **({"dtype": default_dtype()} | init_kwargs),
+        )
+        tokenizer = compat.load_processing_class(path, revision=revision, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, name=str(path), revision=revision, dense_logits=dense_logits)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def tokenizer(self):
+        return self._tokenizer
+
+    def vocabulary_size(self) -> int | None:
+        head = base_model_of(self.model).get_output_embeddings()
+        return None if head is None else head.weight.shape[0]
+
+    def check(self) -> None:
+        if not self.dense_logits:
+            check_head(self.model, "teacher")
+
+    def prepare(self, accelerator) -> None:
+        quantised = getattr(self.model, "is_quantized", False)
+        placed = quantised or getattr(self.model, "hf_device_map", None) or hasattr(self.model, "_hf_hook")
+        self.wrapped = compat.prepare_frozen(self.model, accelerator, placed=bool(placed))
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        own = teacher_batch(batch)
+        device = _device_type(own)
+        # its own dtype: the student's autocast must not change what the teacher says
+        with torch.autocast(device, enabled=False):
+            if self.wrapped is self.model:
+                return self._collect(own, needs)
+            return self._redirect(self.wrapped, self.model, self._collect, own, needs)
+
+    def _collect(self, own: dict, needs: frozenset[str]) -> Signals:
+        own = self._cast(own)
+        return collect(self.model, own, needs, rows_of(own), dense=self.dense_logits or runs_dense(self.model))
+
+    def _cast(self, batch: dict) -> dict:
+        """Float inputs (pixels, features) in the teacher's dtype."""
+        dtype = getattr(self.model, "dtype", None)
+        if dtype is None or not dtype.is_floating_point:
+            return batch
+        return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+    def describe(self) -> dict:
+        quantised = getattr(self.model, "is_quantized", False)
+        bits = None
+        if quantised:
+            bits = 4 if getattr(self.model, "is_loaded_in_4bit", False) else 8
+        return super().describe() | {
+            "teacher_parameters": self.model.num_parameters(),
+            "teacher_dtype": str(self.model.dtype).removeprefix("torch."),
+            "teacher_bits": bits,
+        }
+
+
+class AdapterOffTeacher(Teacher):
+    """The student's own base: one set of weights, the adapter switched off while it speaks. Needs a PEFT student."""
+
+    def __init__(self):
+        self.student: nn.Module | None = None
+
+    def attach(self, student: nn.Module) -> None:
+        if not hasattr(student, "disable_adapter"):
+            raise ValueError(
+                "teacher_adapter_off needs a PEFT student (its base is the teacher); give peft_config / --use_peft, "
+                "or name a teacher with teacher_model_name_or_path"
+            )
+        self.student = student
+        self.name = "the student's base, adapter off"
+
+    @property
+    def config(self):
+        return None if self.student is None else self.student.config
+
+    def vocabulary_size(self) -> int | None:
+        return base_model_of(self.student).get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        own = teacher_batch(batch)
+        with torch.autocast(_device_type(own), enabled=False), eval_mode(self.student), self.student.disable_adapter():
+            return collect(self.student, own, needs, rows_of(own), dense=runs_dense(self.student))
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """Eval mode for a model whose modules the student shares: each module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def load_teacher(teacher, **options) -> Teacher:
+    """A Teacher from a Teacher, a model, or a Hub id / folder; `options` go to `FrozenTeacher.from_pretrained`."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        path = getattr(teacher.config, "_name_or_path", "")
+        tokenizer = compat.load_processing_class(path) if path else None
+        return FrozenTeacher(teacher, tokenizer, dense_logits=options.get("dense_logits", False))
+    if isinstance(teacher, (str, os.PathLike)):
+        return FrozenTeacher.from_pretrained(os.fspath(teacher), **options)
+    raise TypeError(f"teacher must be a Hub id, a folder, a model or a Teacher, got {type(teacher).__name__}")
+
+
+def default_dtype():
+    """The checkpoint's own dtype; float32 on a CPU."""
+    return "auto" if torch.accelerator.is_available() else torch.float32
+
+
+def bitsandbytes_config(four_bit: bool):
+    """8-bit, or 4-bit nf4; computes in bfloat16 on a GPU and in float32 on a CPU.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    compat.require_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    # one warning per layer and call otherwise
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if not four_bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _device_type(batch: dict) -> str:
+    return next((v.device.type for v in batch.values() if torch.is_tensor(v)), "cpu")

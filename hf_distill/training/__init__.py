@@ -1,0 +1,1 @@
+"""Trainers, their settings and callbacks. Imported lazily by `hf_distill`, since transformers and trl are heavy."""

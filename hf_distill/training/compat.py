@@ -1,0 +1,116 @@
+"""All private names of TRL, transformers and accelerate that hf_distill leans on, each with a contract test.
+
+Written against transformers 5.23, trl 1.16, accelerate 1.15, peft 0.21. Nothing else in the package may import them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class ForwardRedirection:
+    """Run any function of a wrapped model inside its wrapper's forward, so that DDP's and FSDP's hooks fire.
+
+    The wrapped module's `forward` is swapped for the length of one call (the construction of TRL's `_ForwardRedirection`).
+    What `function` returns passes through the wrapper as the forward's output, so it must hold the loss.
+    """
+
+    def __call__(self, wrapper: nn.Module, original: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        own = "forward" in original.__dict__
+        before = original.forward
+
+        def restore() -> None:
+            if own:
+                original.forward = before
+            else:
+                original.__dict__.pop("forward", None)
+
+        def redirected(*inner_args, **inner_kwargs):
+            restore()
+            return function(*inner_args, **inner_kwargs)
+
+        original.forward = redirected
+        try:
+            return wrapper(*args, **kwargs)
+        finally:
+            restore()
+
+
+def require_bitsandbytes() -> None:
+    """Raises ImportError with the remedy where bitsandbytes is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "8-bit and 4-bit loading need bitsandbytes, which is not installed: pip install bitsandbytes, "
+            "or load the model without quantisation (dtype bfloat16 halves float32's memory)"
+        )
+
+
+def load_model(path: str, *, auto_class=None, what: str = "model", quantization_config=None, **kwargs) -> nn.Module:
+    """`from_pretrained` by the class the checkpoint names; safetensors only, remote code only when asked for.
+
+    Raises:
+        ValueError: `path` is no model; names it and `what` it was meant to be.
+    """
+    import transformers
+
+    trust = kwargs.get("trust_remote_code", False)
+    revision = kwargs.get("revision")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
+        if auto_class is None:
+            name = (config.architectures or [""])[0]
+            auto_class = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return auto_class.from_pretrained(path, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        looked = "a folder" if os.path.isdir(path) else "a Hub id (there is no folder of that name)"
+        raise ValueError(
+            f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. "
+            "Give a folder with config.json and safetensors weights, or a Hub id"
+        ) from error
+
+
+def load_processing_class(path: str, **kwargs):
+    """The processor or tokenizer saved at `path`, or None when there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prepare_frozen(model: nn.Module, accelerator, *, placed: bool) -> nn.Module:
+    """A frozen model sharded or moved as the run needs it.
+
+    Args:
+        placed: it already has its devices (device_map, quantised): only sharding strategies may still touch it.
+    """
+    from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+    if accelerator.distributed_type == "DEEPSPEED":
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == "FSDP" and not placed:
+        return prepare_fsdp(model, accelerator)
+    if not placed:
+        model.to(accelerator.device)
+    return model.eval()
+
+
+def is_sharded(accelerator) -> bool:
+    """Whether parameters live in shards (FSDP, DeepSpeed): the trainer's own files then hold the objective's too."""
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+
+
+def ragged_end(accelerator) -> int | None:
+    """How many samples of this (last) batch over all ranks are real; None when nothing was repeated to even out ranks."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    return state.remainder

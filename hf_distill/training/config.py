@@ -1,0 +1,95 @@
+"""The trainers' settings: those of transformers and TRL, plus the teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+
+@dataclass
+class DistillArguments:
+    """What every distillation trainer adds. Field names are TRL's where TRL has them."""
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the teacher. May also be passed to the trainer as `teacher`."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
+    )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "JSON of keyword arguments for loading the teacher (device_map, max_memory...)."}
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's dtype (float32, bfloat16, float16, auto). Default: its checkpoint's on a GPU, float32 on a CPU."
+        },
+    )
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit (bitsandbytes)."})
+    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit nf4 (bitsandbytes)."})
+    teacher_adapter_off: bool = field(
+        default=False, metadata={"help": "The teacher is the PEFT student's own base, its adapter switched off."}
+    )
+    measure_teacher_fidelity: int = field(
+        default=0,
+        metadata={
+            "help": "Compare a quantised teacher with its full precision on this many batches before training and log KL "
+            "and top-1 agreement. Needs the full-precision teacher to fit beside it. 0 does not measure."
+        },
+    )
+    allow_different_chat_templates: bool = field(
+        default=False, metadata={"help": "Go on when student and teacher chat templates render a sample differently."}
+    )
+    dense_logits: bool = field(
+        default=False,
+        metadata={"help": "Use the models' own full logits instead of backbone and head (more memory; for unusual heads)."},
+    )
+    objective_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the objective's own parameters. Default: the student's."}
+    )
+    tile_megabytes: int | None = field(
+        default=None,
+        metadata={"help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU."},
+    )
+
+    def __post_init__(self):
+        if sum((self.teacher_load_in_8bit, self.teacher_load_in_4bit)) > 1:
+            raise ValueError("teacher_load_in_8bit and teacher_load_in_4bit exclude each other: choose one")
+        if self.objective_learning_rate is not None and not self.objective_learning_rate > 0:
+            raise ValueError(f"objective_learning_rate must be positive, got {self.objective_learning_rate}")
+        if self.tile_megabytes is not None and self.tile_megabytes < 1:
+            raise ValueError(f"tile_megabytes must be at least 1, got {self.tile_megabytes}")
+        # torch.compile of the whole model would compile a forward that distillation never calls: the backbone is compiled
+        self.compile_options = None
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default; several times slower than float32 on a CPU
+        super().__post_init__()
+        # the filter hides a NaN and waits for the device at every step; the trainer reads terms at logging instead
+        self.logging_nan_inf_filter = False
+
+
+@dataclass
+class DistillConfig(DistillArguments, TrainingArguments):
+    """Settings of DistillTrainer: classification, encoders, encoder-decoders, anything of the plain Trainer."""
+
+
+@dataclass
+class DistillSFTConfig(DistillArguments, SFTConfig):
+    """Settings of DistillSFTTrainer: language models and VLMs on text, chats and prompt-completion data."""
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+
+@dataclass
+class DistillDPOConfig(DistillArguments, DPOConfig):
+    """Settings of DistillDPOTrainer: preference distillation with the teacher as the reference."""
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]

@@ -1,0 +1,396 @@
+"""What makes a Trainer distil: teacher and objective in the step, one scaling step, exact evaluation."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor, nn
+
+from hf_distill.curricula.collators import DataCollatorForDistillation
+from hf_distill.heads import (
+    base_model_of,
+    check_head,
+    collect,
+    has_row_labels,
+    labels_are_shifted,
+    rows_of,
+    runs_dense,
+)
+from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
+from hf_distill.objectives import Objective
+from hf_distill.signals import SparseLogits
+from hf_distill.teachers import Teacher
+from hf_distill.training import compat
+from hf_distill.training.callbacks import DistillCallback, StepCallback
+from hf_distill.training.checks import check_launcher
+from hf_distill.training.saving import KEY, SavesObjective
+
+logger = logging.getLogger(__name__)
+
+
+class DistillMixin(SavesObjective):
+    """Stands before Trainer, SFTTrainer or DPOTrainer in a class's bases. Everything not said here is the parent's."""
+
+    loss_is_scaled_for_ga = True  # it divides by the global count, in `_scaled`, for every trainer
+
+    # ---- construction ------------------------------------------------------------------------------------------------
+    def _attach(self, teacher: Teacher | None, objective: Objective | None) -> None:
+        """After the parent's `__init__`: put teacher and objective in place, and check what can be checked."""
+        check_launcher(self.accelerator, self.args)
+        if str(getattr(self.accelerator.state.dynamo_plugin, "backend", "NO")).split(".")[-1] != "NO":
+            raise ValueError("the launcher's dynamo backend compiles the whole model; use --torch_compile instead")
+        self._check_streams()
+        self.teacher, self._shift = teacher, labels_are_shifted(self.model)
+        self._redirect = compat.ForwardRedirection()
+        self._window: dict[str, Tensor] = {}
+        self._window_sums: dict[str, tuple[Tensor, str]] = {}
+        self._log_sums: dict[str, Tensor] = {}
+        self._log_steps = 0
+        self._non_finite: dict[str, Tensor] = {}
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._eval_totals: dict[str, tuple] | None = None
+        self._resumed: dict[str, Tensor] | None = None
+        self._wrote_checkpoints = False
+        if teacher is not None:
+            teacher.attach(self.model)
+            self._check_teacher(teacher, objective)
+        if objective is not None:
+            self._attach_objective(objective, teacher)
+        if teacher is not None:
+            teacher.prepare(self.accelerator)
+        self._compile_backbone()
+        self.callback_handler.callbacks.insert(0, StepCallback(self))
+        for callback in self._distill_callbacks():
+            callback.dispatch = self._dispatch
+
+    def _attach_objective(self, objective: Objective, teacher: Teacher | None) -> None:
+        base = base_model_of(self.model)
+        self._dense = self.args.dense_logits or runs_dense(base)
+        if not self.args.dense_logits and "logits" in objective.needs_of("student"):
+            check_head(self.model, "student")
+        objective.setup(self.model, teacher)
+        objective.to(self.args.device)
+        head, tied = base.get_output_embeddings(), base.config.get_text_config().tie_word_embeddings
+        if "logits" not in objective.needs_of("student") and head is not None and not tied:
+            # a head that gets no gradient stops DDP at its second step and has no optimizer state to resume
+            head.weight.requires_grad_(False)
+        self.model.add_module(KEY, objective)
+        self._objective = objective
+        if not isinstance(self.data_collator, DataCollatorForDistillation) and has_row_labels(self.model):
+            self.data_collator = DataCollatorForDistillation(
+                self.data_collator, shift=self._shift, vocabulary=self._common_vocabulary()
+            )
+
+    @property
+    def objective(self) -> Objective | None:
+        return getattr(self, "_objective", None)
+
+    def _common_vocabulary(self) -> int | None:
+        """Ids that the teacher can read; None where one side has no vocabulary (or labels index no vocabulary)."""
+        ours = base_model_of(self.model).get_output_embeddings()
+        theirs = None if self.teacher is None else self.teacher.vocabulary_size()
+        return None if ours is None or theirs is None else min(ours.weight.shape[0], theirs)
+
+    def _check_teacher(self, teacher: Teacher, objective: Objective | None) -> None:
+        if objective is None:
+            return
+        missing = objective.needs_of("teacher") - teacher.gives
+        if missing:
+            raise ValueError(
+                f"{type(objective).__name__} needs {', '.join(sorted(missing))} of its teacher, {type(teacher).__name__} "
+                f"gives only {', '.join(sorted(teacher.gives))}: use a FrozenTeacher, or another objective"
+            )
+        if "logits" in objective.needs_of("teacher"):
+            teacher.check()
+        ours, theirs = getattr(self.model.config, "num_labels", None), getattr(teacher.config, "num_labels", None)
+        if not has_row_labels(self.model) and "logits" in objective.needs and None not in (ours, theirs) and ours != theirs:
+            raise ValueError(f"the student has {ours} classes and the teacher {theirs}: give both the same num_labels")
+
+    def _check_streams(self) -> None:
+        """Streams have no length, so a ragged end over several ranks cannot be counted: refused by name."""
+        if self.accelerator.num_processes == 1:
+            return
+        if isinstance(self.train_dataset, IterableDataset) and not self.args.dataloader_drop_last:
+            raise ValueError(
+                "an IterableDataset on several processes needs dataloader_drop_last=True: its last batch is filled up "
+                "with repeated examples that cannot be told apart"
+            )
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if any(isinstance(dataset, IterableDataset) for dataset in sets):
+            raise ValueError("evaluate an IterableDataset on one process, or give a map-style eval_dataset")
+
+    def _compile_backbone(self) -> None:
+        if self.args.compile_options is None:
+            return
+        base = base_model_of(self.model)
+        if base.base_model is base:
+            raise ValueError(f"torch_compile compiles a backbone, and {type(base).__name__} has none; leave it off")
+        options = self.args.compile_options
+        base.base_model.compile(backend=options["backend"], mode=options["mode"])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        collator = self.data_collator
+        extra = ()
+        if isinstance(collator, DataCollatorForDistillation):
+            extra = (*collator.token_columns, *collator.example_columns)
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        names = getattr(dataset, "column_names", None) or []
+        extra = (*extra, *(n for n in names if isinstance(n, str) and n.startswith("teacher_")))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.objective_learning_rate
+        if fresh and rate is not None and self.objective is not None:
+            own = {id(p) for p in self.objective.parameters() if p.requires_grad}
+            for group in list(optimizer.param_groups):
+                mine = [p for p in group["params"] if id(p) in own]
+                if mine:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, "params": mine, "lr": rate})
+        return optimizer
+
+    # ---- events ------------------------------------------------------------------------------------------------------
+    def _distill_callbacks(self) -> list[DistillCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, DistillCallback)]
+
+    def _dispatch(self, event: str, **values) -> None:
+        for callback in self._distill_callbacks():
+            getattr(callback, event)(self.args, self.state, self.control, **values)
+
+    # ---- one batch ---------------------------------------------------------------------------------------------------
+    @property
+    def progress(self) -> float:
+        """Optimizer steps done / all steps."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _counts(self, batch: dict) -> dict[str, int]:
+        """Items of this micro-batch per unit, known on the host from shapes."""
+        if "loss_rows" in batch:
+            counts = {"token": batch["loss_rows"].shape[0], "sample": batch["document_example"].shape[0], "batch": 1}
+        else:
+            items = 0 if batch.get("only_repeats") else _first_tensor(batch).shape[0]
+            counts = {"token": items, "sample": items, "batch": 1}
+        return counts | self.objective.count(batch)
+
+    def _signals(self, model: nn.Module, batch: dict, observed: dict | None = None):
+        """Teacher, student and terms of one micro-batch. Runs inside the wrapped model's forward."""
+        objective = getattr(model, KEY)
+        batch = {k: v for k, v in batch.items() if k != "only_repeats"}
+        with self.accelerator.autocast():
+            teacher = None
+            if self.teacher is not None and (objective.uses_teacher or observed):
+                teacher = self.teacher(batch, objective.needs_of("teacher") | (frozenset({"logits"}) if observed else frozenset()))
+                self._dispatch("on_teacher_forward", teacher=teacher, batch=batch)
+            needs = objective.needs_of("student") | (frozenset({"logits"}) if observed else frozenset())
+            student = collect(model, batch, needs, rows_of(batch), dense=self._dense)
+            if observed is not None:
+                observed = _observable(observed, student, teacher)
+            megabytes = self.args.tile_megabytes
+            terms = objective(
+                student,
+                teacher,
+                self.progress,
+                observed=observed,
+                tile_bytes=None if megabytes is None else megabytes * 2**20,
+            )
+        return student, teacher, terms
+
+    def _training_loss(self, model: nn.Module, batch: dict) -> Tensor:
+        student, teacher, terms = self._signals(model, batch)
+        counts = self._counts(batch)
+        self._dispatch("on_distill_loss", student=student, teacher=teacher, terms=terms)
+        for name, term in terms.items():
+            total = term.value.detach() * counts[term.per]
+            before = self._window_sums.get(name)
+            self._window_sums[name] = (total if before is None else before[0] + total, term.per)
+        return self._scaled(terms, counts)
+
+    def _scaled(self, terms: dict, counts: dict[str, int]) -> Tensor:
+        """The one scaling step: this micro-batch's share of the global mean, times the ranks that DDP averages over."""
+        world = self.accelerator.num_processes // self.get_tp_size()
+        return sum(
+            term.value * (term.weight * counts[term.per] * world) / self._window[term.per] for term in terms.values()
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        if self.objective is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if batches:
+            batches[-1] = self._without_repeats(batches[-1], self.args.per_device_train_batch_size)
+        self._count_window(batches, device)
+        self._window_sums = {}
+        return batches, None
+
+    def _count_window(self, batches: list[dict], device: torch.device) -> None:
+        counts = [self._counts(batch) for batch in batches]
+        units = sorted(set().union(*counts)) if counts else []
+        totals = torch.tensor([sum(c.get(u, 0) for c in counts) for u in units], dtype=torch.int64).to(device, non_blocking=True)
+        seen = [_tokens_in(batch, device) for batch in batches]
+        totals = self.accelerator.reduce(torch.cat([totals, sum(seen, torch.zeros(1, dtype=torch.int64, device=device))]), "sum")
+        self._tokens = self._tokens + totals[-1] // self.get_tp_size()
+        self._window = dict(zip(units, totals[:-1].clamp(min=1).float().unbind(), strict=True))
+
+    def _without_repeats(self, batch: dict, per_device: int) -> dict:
+        """The batch without the examples that were repeated to give every rank as many (last batch only)."""
+        real = compat.ragged_end(self.accelerator)
+        if real is None:
+            return batch
+        keep = min(max(real - self.accelerator.process_index * per_device, 0), per_device)
+        if "loss_rows" in batch:
+            kept = batch["document_example"] < keep  # documents stand in the order of their examples
+            rows = kept[batch["row_document"]]
+            batch = dict(batch)
+            for prefix in ("", "teacher_"):
+                if prefix + "loss_rows" in batch:
+                    batch |= {prefix + k: batch[prefix + k][rows] for k in ("loss_rows", "row_labels", "row_document")}
+                    batch[prefix + "document_example"] = batch[prefix + "document_example"][kept]
+            return batch
+        size = _first_tensor(batch).shape[0]
+        if keep >= size:
+            return batch
+        cut = {k: v[: max(keep, 1)] if torch.is_tensor(v) and v.shape[:1] == (size,) else v for k, v in batch.items()}
+        return cut | ({"only_repeats": True} if keep == 0 else {})
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss = self._redirect(model, unwrapped, self._training_loss, unwrapped, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    # ---- once per optimizer step -------------------------------------------------------------------------------------
+    def _after_optimizer_step(self) -> None:
+        if self.objective is None or not self._window_sums:
+            return
+        names = sorted(self._window_sums)
+        sums = torch.stack([self._window_sums[name][0].float() for name in names])
+        sums = self.accelerator.reduce(sums, "sum") / self.get_tp_size()
+        means = {n: s / self._window[self._window_sums[n][1]] for n, s in zip(names, sums.unbind(), strict=True)}
+        step = torch.tensor(self.state.global_step, device=sums.device)
+        for name, mean in means.items():
+            before = self._non_finite.get(name, torch.full_like(step, -1))
+            self._non_finite[name] = torch.where((before < 0) & ~mean.isfinite(), step, before)
+            self._log_sums[name] = self._log_sums.get(name, 0.0) + mean
+        self._log_steps += 1
+        self._window_sums = {}
+        self.objective.after_step(means, self.progress)
+        self._dispatch("on_distill_step", terms=means, objective=self.objective)
+
+    def _check_finite(self) -> None:
+        """Read the kept flags; the only place that waits for the device. Raises FloatingPointError."""
+        for name, step in self._non_finite.items():
+            if (bad := int(step)) >= 0:
+                raise FloatingPointError(
+                    f"term {name!r} became NaN or infinite at step {bad}; nothing was saved after that step. Lower the "
+                    "learning rate, clip gradients (max_grad_norm), or use bf16/float32 instead of fp16"
+                )
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if self.objective is not None and "loss" in logs:
+            self._check_finite()
+            for name, total in self._log_sums.items():
+                logs[f"loss/{name}"] = float(total) / max(self._log_steps, 1)
+            self._log_sums, self._log_steps = {}, 0
+            logs |= {key: float(value) for key, value in self.objective.logs().items()}
+            logs["num_tokens"] = int(self._tokens)
+            self._dispatch("on_distill_log", logs=logs, accelerator=self.accelerator)
+        super().log(logs, start_time)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        if self.objective is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        batch = self._without_repeats(inputs, self.args.per_device_eval_batch_size)
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad():
+            loss, logits = self._redirect(model, unwrapped, self._evaluate_batch, unwrapped, batch)
+            if prediction_loss_only:
+                return loss, None, None
+            if logits is None or batch is not inputs:
+                plain = {k: v for k, v in inputs.items() if k != "labels" and k not in _OURS and not k.startswith("teacher_")}
+                logits = model(**plain).logits
+        return loss, logits.detach(), inputs.get("labels")
+
+    def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
+        student, _, terms = self._signals(model, batch, observed=dict(_OBSERVED))
+        counts = self._counts(batch)
+        for name, term in terms.items():
+            total, count, _, _ = self._eval_totals.get(name, (0.0, 0, None, None))
+            value = term.value.double() if term.value.device.type != "mps" else term.value
+            n = counts[term.per]
+            self._eval_totals[name] = (total + value * n, count + n, term.weight, name in _OBSERVED)
+        loss = sum(term.value * term.weight for term in terms.values())
+        return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        if self.objective is None:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._eval_totals = {}
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._exact_metrics(metric_key_prefix))
+        return output
+
+    def _exact_metrics(self, prefix: str) -> dict[str, float]:
+        """Means over all rows or documents of the set, whatever its split into batches and ranks."""
+        names = sorted(self._eval_totals)
+        if not names:
+            return {}
+        packed = torch.stack(
+            [torch.stack([torch.as_tensor(self._eval_totals[n][i], device=self.args.device).double() for i in (0, 1)]) for n in names]
+        )
+        packed = self.accelerator.reduce(packed, "sum")
+        metrics, loss = {}, 0.0
+        for name, (total, count) in zip(names, packed.tolist(), strict=True):
+            _, _, weight, only_observed = self._eval_totals[name]
+            mean = total / max(count, 1)
+            if mean != mean or abs(mean) == float("inf"):
+                raise FloatingPointError(f"term {name!r} is NaN or infinite in evaluation at step {self.state.global_step}")
+            loss += 0.0 if only_observed else float(weight) * mean
+            metrics[f"{prefix}_{name}"] = mean
+        self._eval_totals = None
+        return metrics | {f"{prefix}_loss": loss}
+
+
+_OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
+_OURS = ("loss_rows", "row_labels", "row_document", "document_example", "only_repeats")
+
+
+def _observable(observed: dict, student, teacher) -> dict:
+    """What can be measured on these signals without disturbing the objective."""
+    if student.logits is None:
+        return {}
+    if teacher is None or teacher.logits is None:
+        observed = {"cross_entropy": observed["cross_entropy"]}
+    elif isinstance(teacher.logits, SparseLogits):
+        observed = {k: v for k, v in observed.items() if k != "agreement"}
+    labels = student.labels
+    if labels is None or labels.is_floating_point() or labels.dim() != 1:
+        observed = {k: v for k, v in observed.items() if k != "cross_entropy"}
+    return observed
+
+
+def _first_tensor(batch: dict) -> Tensor:
+    if torch.is_tensor(batch.get("labels")):
+        return batch["labels"]
+    return next(v for v in batch.values() if torch.is_tensor(v))
+
+
+def _tokens_in(batch: dict, device: torch.device) -> Tensor:
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return mask.sum(dtype=torch.int64).to(device).reshape(1)
+    return torch.tensor([0 if ids is None else ids.numel()], dtype=torch.int64).to(device)

@@ -1,0 +1,49 @@
+"""Checks of a student, a teacher and their data before any long work."""
+
+from __future__ import annotations
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from hf_distill.heads import base_model_of
+from hf_distill.teachers import Teacher
+from hf_distill.training.checks import check_chat_templates, common_vocabulary
+
+
+def check_dataset(dataset, what: str) -> None:
+    """There is something to train on. Raises ValueError, naming what was given."""
+    if dataset is None:
+        raise ValueError(f"no {what} dataset: pass {what}_dataset, or --dataset_name")
+    if not isinstance(dataset, (Dataset, IterableDataset)) and not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{what}_dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
+    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise ValueError(f"the {what} dataset is empty: check its split and filters")
+
+
+def check_pair(student: nn.Module, teacher: Teacher, processing_class, dataset, args) -> None:
+    """Student and teacher mean the same by the same ids, and see conversations as the same text.
+
+    Raises:
+        ValueError: different tokenizers or chat templates, or vocabularies that cannot be compared.
+    """
+    head = base_model_of(student).get_output_embeddings()
+    if head is None or teacher.config is None or args.teacher_adapter_off:
+        return
+    ours = head.weight.shape[0]
+    theirs = teacher.vocabulary_size()
+    tokenizers = (PreTrainedTokenizerBase, ProcessorMixin)
+    if theirs is None:
+        return
+    if not isinstance(processing_class, tokenizers) or not isinstance(teacher.tokenizer, tokenizers):
+        if ours != theirs:
+            unknown = "student's" if not isinstance(processing_class, tokenizers) else "teacher's"
+            raise ValueError(
+                f"the student has {ours} vocabulary entries and the teacher {theirs}, and the {unknown} tokenizer is "
+                "unknown, so they cannot be compared: pass processing_class= and FrozenTeacher(model, tokenizer)"
+            )
+        return
+    common_vocabulary(processing_class, teacher.tokenizer, ours, theirs)
+    example = next(iter(dataset))
+    if isinstance(example, dict) and not {"image", "images", "input_ids"} & example.keys():
+        check_chat_templates(processing_class, teacher.tokenizer, example, args.allow_different_chat_templates)

@@ -1,0 +1,236 @@
+"""Saving and resuming: the student leaves clean, and a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_distill.training import compat
+
+logger = logging.getLogger(__name__)
+
+KEY = "distill_objective"
+FILE = KEY + ".safetensors"
+TRAINER_STATE = "trainer_state.json"
+
+
+def complete_checkpoints(output_dir: str) -> tuple[list[str], list[str]]:
+    """Checkpoint folders, newest first: (complete, half-written). `trainer_state.json` is what a save writes last."""
+    complete, partial = [], []
+    if os.path.isdir(output_dir):
+        names = [n for n in os.listdir(output_dir) if n.startswith(PREFIX_CHECKPOINT_DIR + "-") and n.split("-")[-1].isdigit()]
+        for name in sorted(names, key=lambda n: -int(n.split("-")[-1])):
+            folder = os.path.join(output_dir, name)
+            (complete if _is_complete(folder) else partial).append(folder)
+    return complete, partial
+
+
+def _is_complete(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, TRAINER_STATE), encoding="utf-8") as file:
+            json.load(file)
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+class SavesObjective:
+    """Trainer hooks that write and read checkpoints."""
+
+    _in_checkpoint = False
+
+    @contextlib.contextmanager
+    def _clean_student(self):
+        """The model without the objective hung on it, for the length of a save or a load."""
+        model = self.accelerator.unwrap_model(self.model)
+        objective = model._modules.pop(KEY, None)
+        try:
+            yield
+        finally:
+            if objective is not None:
+                model._modules[KEY] = objective
+
+    def student(self) -> nn.Module:
+        """The trained student, clean: objective and teacher taken off. Call it when training is over."""
+        model = self.accelerator.unwrap_model(self.model)
+        model._modules.pop(KEY, None)
+        return model
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        own = {}
+        if state_dict is not None:  # FSDP and DeepSpeed hand over the gathered whole
+            own = {k.split(KEY + ".", 1)[1]: v for k, v in state_dict.items() if KEY + "." in k}
+            state_dict = {k: v for k, v in state_dict.items() if KEY + "." not in k}
+        elif self.objective is not None:
+            own = self.objective.state_dict()
+        if self.objective is not None:
+            self._check_finite()
+        if self.args.should_save:
+            self._check_space(output_dir)
+        with self._clean_student(), _named_disk_errors(output_dir):
+            super()._save(output_dir, state_dict=state_dict)
+            if self._in_checkpoint and self.args.should_save and self.objective is not None:
+                save_file(self._resume_tensors(own), os.path.join(output_dir, FILE))
+
+    def _resume_tensors(self, parameters: dict) -> dict[str, torch.Tensor]:
+        tensors = {f"parameter.{k}": v for k, v in parameters.items()}
+        tensors |= {f"state.{k}": v for k, v in self.objective.state_tensors().items()}
+        tensors |= {f"log_sum.{k}": v for k, v in self._log_sums.items()}
+        tensors["log_steps"] = torch.tensor([self._log_steps, self._globalstep_last_logged])
+        tensors["tokens"] = self._tokens
+        tensors["tr_loss"] = self._tr_loss_of_ranks
+        return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._in_checkpoint = True
+        self._wrote_checkpoints = True
+        if self.objective is not None:
+            self._check_finite()
+            self._tr_loss_of_ranks = self.accelerator.gather(self._tr_loss.detach().float().reshape(1))
+        try:
+            with _named_disk_errors(self.args.output_dir):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # every rank's file stands before rank 0 writes trainer_state.json, which marks the checkpoint as complete
+        self.accelerator.wait_for_everyone()
+
+    def _check_space(self, output_dir: str) -> None:
+        """Raises OSError before anything is written when it cannot fit."""
+        trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        weights = trainable
+        if not hasattr(self.model, "get_base_model"):
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        needed = weights + (2 * trainable if self._in_checkpoint and not self.args.save_only_model else 0)
+        place = output_dir
+        while not os.path.isdir(place):
+            place = os.path.dirname(os.path.abspath(place))
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"saving needs about {needed / 2**20:.0f} MiB and {place} has {free / 2**20:.0f} MiB left: nothing was "
+                "written. Free some space or lower save_total_limit, then go on with resume_from_checkpoint",
+            )
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As the parent's. `True` takes the newest complete checkpoint of the output folder.
+
+        Raises:
+            ValueError: the output folder holds another run; nothing to resume from.
+        """
+        return super().train(resume_from_checkpoint=self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        complete, partial = complete_checkpoints(self.args.output_dir)
+        if isinstance(asked, str) and asked.lower() in ("true", "last"):
+            asked = True
+        if not asked:
+            if (complete or partial) and not self._wrote_checkpoints:
+                raise ValueError(
+                    f"{self.args.output_dir} holds another run ({os.path.basename((complete + partial)[0])}): go on with "
+                    "resume_from_checkpoint=True (--resume_from_checkpoint last), or choose another output_dir"
+                )
+            return None
+        if asked is True:
+            if not complete:
+                raise ValueError(
+                    f"no complete checkpoint in {self.args.output_dir}"
+                    + (f" ({len(partial)} half-written): " if partial else ": ")
+                    + "start without resume_from_checkpoint in an empty folder"
+                )
+            if partial and int(partial[0].split("-")[-1]) > int(complete[0].split("-")[-1]):
+                logger.warning("%s is half-written; going on from %s, the last complete one", partial[0], complete[0])
+            chosen = complete[0]
+        else:
+            chosen = str(asked)
+            if not _is_complete(chosen):
+                hint = f"; the last complete one is {complete[0]}" if complete else ""
+                raise ValueError(f"{chosen} is not a complete checkpoint (no readable {TRAINER_STATE}){hint}")
+        self._wrote_checkpoints = True
+        for folder in partial:
+            if self.args.should_save:
+                logger.warning("removing the half-written %s", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        return chosen
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.objective is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if compat.is_sharded(self.accelerator):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with self._clean_student():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = self._load_objective(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.objective is None:
+            return super()._load_best_model()
+        if compat.is_sharded(self.accelerator):
+            super()._load_best_model()
+        else:
+            with self._clean_student():
+                super()._load_best_model()
+        self._load_objective(self.state.best_model_checkpoint)
+
+    def _load_objective(self, folder: str) -> dict[str, torch.Tensor]:
+        """Parameters and state of the objective from a checkpoint; returns the trainer's own running values."""
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder} has no {FILE}: it was not written by a distillation trainer")
+        tensors = load_file(path)
+        if not compat.is_sharded(self.accelerator):
+            self.objective.load_state_dict(_under(tensors, "parameter."))
+        self.objective.load_state_tensors(_under(tensors, "state."))
+        return tensors
+
+    def _restore_running_values(self) -> None:
+        """At the start of training, after the trainer zeroed its own: what was summed but not logged when it was killed."""
+        if self._resumed is None:
+            return
+        tensors, self._resumed = self._resumed, None
+        device = self.args.device
+        self._log_sums = {k: v.to(device) for k, v in _under(tensors, "log_sum.").items()}
+        self._log_steps, self._globalstep_last_logged = tensors["log_steps"].tolist()
+        self._tokens = tensors["tokens"].to(device)
+        losses = tensors["tr_loss"]
+        same_ranks = len(losses) == self.accelerator.num_processes
+        loss = losses[self.accelerator.process_index] if same_ranks else losses.mean()
+        self._tr_loss = loss.to(device=device, dtype=self._tr_loss.dtype)
+
+
+def _under(tensors: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _named_disk_errors(folder: str):
+    """A full disk named as such, whichever library met it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text
+        if not full or "complete checkpoint" in text or "saving needs" in text:
+            raise
+        complete, _ = complete_checkpoints(os.path.dirname(os.path.abspath(folder)))
+        complete = complete or complete_checkpoints(folder)[0]
+        last = f"the last complete checkpoint is {complete[0]}" if complete else "no complete checkpoint exists yet"
+        raise OSError(errno.ENOSPC, f"the disk filled up while writing {folder} ({text}); {last}") from error
