@@ -31,6 +31,7 @@ class Objective(nn.Module):
             {term: unit} where terms differ; a name of its own, counted by `count`.
         couples_batch: why a term depends on which examples meet in a batch (contrastive, transport); None when it does not.
         uses_teacher: False for objectives of the student alone.
+        paper: the MethodCard it comes from, for model cards.
         state: what must last between steps and is not trained: plain tensors, moved with the model, never cast, never
             broadcast by DDP, the same on every rank, saved with each checkpoint. Changed in `after_step` only.
     """
@@ -39,6 +40,7 @@ class Objective(nn.Module):
     per: str | dict[str, str] = "token"
     couples_batch: str | None = None
     uses_teacher: bool = True
+    paper = None
 
     def __init__(self):
         super().__init__()

@@ -7,7 +7,7 @@ import random
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_distill import DistillConfig, DistillSFTConfig
@@ -60,10 +60,8 @@ def plain_arguments(output_dir, **settings) -> DistillConfig:
     return DistillConfig(output_dir=str(output_dir), **_PLAIN | settings)
 
 
-def sgd(model: nn.Module, rate: float = 1.0) -> tuple:
-    """`optimizers=` of a trainer whose one step moves each weight by rate · gradient: nothing hides a wrong scale."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+# One step moves each weight by rate times its gradient, so that nothing hides a wrong scale.
+SGD = dict(optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0)
 
 
 def relative_difference(ours: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 1e-7) -> float:

@@ -1,6 +1,6 @@
 """Real text that every machine has: the sources of Python's own standard library, split by module.
 
-A module (or a package with everything in it) is in exactly one split, decided by a hash of its name, so a test module is
+A module (or a package with all it holds) is in exactly one split, decided by a hash of its name, so a test module is
 new to a model trained on the train split, whichever CPython (3.11 or later) trained it. Sources differ a little between
 versions of Python, and with them the numbers measured on them.
 """

@@ -33,7 +33,7 @@ def align_bytes(
     groups: tuple[Groups, Groups] = ([], [])
     s = t = s_start = t_start = 0
     while s < len(student_offsets) and t < len(teacher_offsets):
-        s_end, t_end = student_offsets[s][1], teacher_offsets[t][1]
+        s_end, t_end = int(student_offsets[s][1]), int(teacher_offsets[t][1])
         s += s_end <= t_end
         t += t_end <= s_end
         if s_end == t_end:
@@ -117,6 +117,9 @@ def uld_loss(
     matched = None
     if student_vocab is not None:
         matched = _matched(student_vocab, teacher_vocab, student_logits.shape[-1], teacher_logits.shape[-1])
+    student_offsets, teacher_offsets = (
+        x.tolist() if isinstance(x, Tensor) else x for x in (student_offsets, teacher_offsets)
+    )
     losses = []
     for i in range(len(student_logits)):
         offsets = None if student_offsets is None else (student_offsets[i], teacher_offsets[i])

@@ -87,7 +87,9 @@ def generalized_jsd(
     return one_term(student_logits, teacher_logits, divergence, mask=mask, reduction=reduction)
 
 
-def skew_forward_kl(student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", lam=0.1) -> torch.Tensor:
+def skew_forward_kl(
+    student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", lam=0.1
+) -> torch.Tensor:
     """KL(p ‖ lam · p + (1 - lam) · q); see SkewForwardKL.
 
     Args:
@@ -102,7 +104,9 @@ def skew_forward_kl(student_logits, teacher_logits, *, mask=None, temperature=1.
     return one_term(student_logits, teacher_logits, divergence, mask=mask, reduction=reduction)
 
 
-def skew_reverse_kl(student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", lam=0.1) -> torch.Tensor:
+def skew_reverse_kl(
+    student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", lam=0.1
+) -> torch.Tensor:
     """KL(q ‖ (1 - lam) · p + lam · q); see SkewReverseKL.
 
     Args:
@@ -128,7 +132,9 @@ def tvd(student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction
     return one_term(student_logits, teacher_logits, family.TVD(temperature), mask=mask, reduction=reduction)
 
 
-def adaptive_kl(student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", mu=0.5) -> torch.Tensor:
+def adaptive_kl(
+    student_logits, teacher_logits, *, mask=None, temperature=1.0, reduction="mean", mu=0.5
+) -> torch.Tensor:
     """Forward and reverse KL, weighted per row by where the distributions differ; see AdaptiveKL.
 
     Args:

@@ -202,6 +202,12 @@ def _accumulate(d_weight: Tensor, g: Tensor, hidden: Tensor) -> None:
         torch.addmm(d_weight, g.to(hidden.dtype).T, hidden, out_dtype=g.dtype, out=d_weight)
 
 
+def _scalar(weight: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.detach().to(device, dtype)
+    return torch.full((), weight, dtype=dtype, device=device)
+
+
 def _weighted(values: Tensor, row_weight: Tensor) -> Tensor:
     return torch.where(row_weight == 0, 0.0, values * row_weight)
 
@@ -296,7 +302,7 @@ def run_terms(
         if isinstance(student, HeadLogits):
             if reduction == "none":
                 raise ValueError('reduction="none" needs dense logits; with HeadLogits weigh the rows by row_weights')
-            weights = [torch.as_tensor(w, dtype=source.dtype, device=device).detach() for _, w in terms.values()]
+            weights = [_scalar(w, source.dtype, device) for _, w in terms.values()]
             out = _Fused.apply(
                 student.hidden, student.weight, student.bias, source, divergences, torch.stack(weights), row_weight,
                 torch.is_grad_enabled(),

@@ -51,7 +51,11 @@ class MethodCard:
     def config_class(self) -> type:
         """Its `<Name>Config`."""
         module = self.load()
-        found = [v for k, v in vars(module).items() if k.endswith("Config") and getattr(v, "__module__", "") == module.__name__]
+        found = [
+            v
+            for k, v in vars(module).items()
+            if k.endswith("Config") and getattr(v, "__module__", "") == module.__name__
+        ]
         if len(found) != 1:
             raise ValueError(f"{module.__name__} must define exactly one <Name>Config, found {len(found)}")
         return found[0]

@@ -54,8 +54,12 @@ class LogitKDConfig:
     weight_schedule: str = field(default="linear", metadata={"help": f"One of {', '.join(SCHEDULES)}."})
     label_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     per: str = field(default="token", metadata={"help": "token: mean over tokens; sample: over documents' means."})
-    jsd_beta: float = field(default=0.5, metadata={"help": "generalized_jsd: weight of the teacher in the mixture (GKD)."})
-    skew_lam: float = field(default=0.1, metadata={"help": "skew divergences: weight of the first argument (DistiLLM)."})
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "generalized_jsd: weight of the teacher in the mixture (GKD)."}
+    )
+    skew_lam: float = field(
+        default=0.1, metadata={"help": "skew divergences: weight of the first argument (DistiLLM)."}
+    )
     adaptive_mu: float = field(default=0.5, metadata={"help": "adaptive_kl: the teacher mass that counts as head."})
     ab_alpha: float = field(default=0.5, metadata={"help": "alpha_beta: alpha (ABKD)."})
     ab_beta: float = field(default=0.5, metadata={"help": "alpha_beta: beta (ABKD)."})
@@ -70,7 +74,7 @@ def build_objective(config: LogitKDConfig) -> LogitKD:
     Raises:
         ValueError: an unknown divergence or schedule, a weight or temperature out of range.
     """
-    return LogitKD(
+    objective = LogitKD(
         config.divergence,
         options={name: getattr(config, ours) for name, ours in OPTIONS.get(config.divergence, {}).items()},
         kd_weight=config.kd_weight,
@@ -83,6 +87,8 @@ def build_objective(config: LogitKDConfig) -> LogitKD:
         t_squared=config.t_squared,
         per=config.per,
     )
+    objective.paper = CARD
+    return objective
 
 
 def build_trainer(student, teacher, train_dataset, config: LogitKDConfig, args, **trainer_arguments):

@@ -54,9 +54,11 @@ class TAIDConfig:
 class TAID(Objective):
     """Cross-entropy with the interpolated target, and the schedule of t.
 
-    Paper: the official code moves t in every forward, on every rank by itself, and in evaluation too; here it moves once
-    per optimizer step, by the loss over all micro-batches and ranks, and never in evaluation.
+    Paper: the official code moves t in every forward, on every rank by itself, and in evaluation too; here it moves
+    once per optimizer step, by the loss over all micro-batches and ranks, and never in evaluation.
     """
+
+    paper = CARD
 
     def __init__(self, config: TAIDConfig | None = None):
         super().__init__()

@@ -48,6 +48,9 @@ class Teacher:
     def attach(self, student) -> None:
         """Called once with the student before anything is wrapped."""
 
+    def detach(self) -> None:
+        """Called when the student is changed for good (its adapter merged): let go of what was shared with it."""
+
     def prepare(self, accelerator) -> None:
         """Place or shard the weights. Called once, before the first step."""
 

@@ -38,6 +38,9 @@ class FrozenTeacher(Teacher):
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.revision = revision or getattr(model.config, "_commit_hash", None)
         self.dense_logits = dense_logits
+        self.quantised_from: dict | None = None
+        if getattr(model, "is_quantized", False):  # int8 warns once per layer and call otherwise
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         self.wrapped: nn.Module = model
         self._redirect = compat.ForwardRedirection()
 
@@ -71,17 +74,24 @@ class FrozenTeacher(Teacher):
             raise ValueError("the teacher can be loaded in 8 or in 4 bit, not both")
         if quantization_config is None and (load_in_8bit or load_in_4bit):
             quantization_config = bitsandbytes_config(load_in_4bit)
-        model = compat.load_model(
-            path,
+        given = dict(
             auto_class=auto_class,
             revision=revision,
-            quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
-            what="teacher",
             **({"dtype": default_dtype()} | init_kwargs),
         )
+        model = compat.load_model(path, quantization_config=quantization_config, what="teacher", **given)
         tokenizer = compat.load_processing_class(path, revision=revision, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, name=str(path), revision=revision, dense_logits=dense_logits)
+        teacher = cls(model, tokenizer, name=str(path), revision=revision, dense_logits=dense_logits)
+        if quantization_config is not None:
+            teacher.quantised_from = {"path": path, "dense_logits": dense_logits} | given
+        return teacher
+
+    def full_precision(self) -> FrozenTeacher:
+        """The same teacher, loaded again without quantisation. Raises ValueError when that is not known."""
+        if self.quantised_from is None:
+            raise ValueError(f"{self.name} was not loaded quantised from a path: its full precision is not known")
+        return type(self).from_pretrained(**self.quantised_from)
 
     @property
     def config(self):
@@ -110,8 +120,7 @@ class FrozenTeacher(Teacher):
         device = _device_type(own)
         # its own dtype: the student's autocast must not change what the teacher says
         with torch.autocast(device, enabled=False):
-            if self.wrapped is self.model:
-                return self._collect(own, needs)
+            # through the module's own call, also where it is not wrapped: FSDP2 shards in place
             return self._redirect(self.wrapped, self.model, self._collect, own, needs)
 
     def _collect(self, own: dict, needs: frozenset[str]) -> Signals:
@@ -140,8 +149,9 @@ class FrozenTeacher(Teacher):
 class AdapterOffTeacher(Teacher):
     """The student's own base: one set of weights, the adapter switched off while it speaks. Needs a PEFT student."""
 
-    def __init__(self):
+    def __init__(self, *, dense_logits: bool = False):
         self.student: nn.Module | None = None
+        self.dense_logits = dense_logits
 
     def attach(self, student: nn.Module) -> None:
         if not hasattr(student, "disable_adapter"):
@@ -157,13 +167,35 @@ class AdapterOffTeacher(Teacher):
         return None if self.student is None else self.student.config
 
     def vocabulary_size(self) -> int | None:
-        return base_model_of(self.student).get_output_embeddings().weight.shape[0]
+        head = None if self.student is None else base_model_of(self.student).get_output_embeddings()
+        return None if head is None else head.weight.shape[0]
+
+    def detach(self) -> None:
+        self.student = None
 
     @torch.no_grad()
     def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        if self.student is None:
+            raise ValueError(
+                "the adapter-off teacher has no student: none was attached, or its adapter was merged and the base is gone "
+                "(evaluate before student(merge=True))"
+            )
         own = teacher_batch(batch)
-        with torch.autocast(_device_type(own), enabled=False), eval_mode(self.student), self.student.disable_adapter():
-            return collect(self.student, own, needs, rows_of(own), dense=runs_dense(self.student))
+        with torch.autocast(_device_type(own), enabled=False), eval_mode(self.student), _adapter_off(self.student):
+            dense = self.dense_logits or runs_dense(self.student)
+            return collect(self.student, own, needs, rows_of(own), dense=dense)
+
+
+@contextlib.contextmanager
+def _adapter_off(model: nn.Module):
+    """PEFT thaws every adapter weight when it switches the adapter back on: what was frozen stays frozen."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -205,8 +237,6 @@ def bitsandbytes_config(four_bit: bool):
     compat.require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
-    # one warning per layer and call otherwise
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not four_bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if torch.accelerator.is_available() else torch.float32

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from hf_distill.losses import Agreement, ForwardKL, observe
 from hf_distill.signals import Signals
 from hf_distill.teachers.frozen import eval_mode
+from hf_distill.training.fidelity import measure_teacher
 
 
 class DistillCallback(TrainerCallback):
@@ -129,6 +130,8 @@ class StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._restore_running_values()
+        if args.measure_teacher_fidelity and state.global_step == 0:
+            self.trainer.log(measure_teacher(self.trainer))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._after_optimizer_step()

@@ -128,8 +128,8 @@ def check_token_ids(input_ids: Tensor | Iterable, limit: int, what: str = "input
             return
         example, value = found
     raise ValueError(
-        f"{what}: id {value} in example {example} is outside 0 to {limit - 1}, the entries that student and teacher share; "
-        "was the data tokenised with another tokenizer, or were tokens added after it was prepared?"
+        f"{what}: id {value} in example {example} is outside 0 to {limit - 1}, the entries that student and teacher "
+        "share; was the data tokenised with another tokenizer, or were tokens added after it was prepared?"
     )
 
 
@@ -159,8 +159,8 @@ def check_has_loss(dataset: Dataset) -> int:
     count = sum(_rows_with_loss(table, masks) for table in tables)
     if count == 0:
         raise ValueError(
-            f"all labels of all {len(dataset)} examples are masked (by {' and '.join(masks)}), so there is nothing to learn; was "
-            "max_length shorter than the prompts, or does the chat template mark no assistant tokens?"
+            f"all labels of all {len(dataset)} examples are masked (by {' and '.join(masks)}), so there is nothing to "
+            "learn; was max_length shorter than the prompts, or does the chat template mark no assistant tokens?"
         )
     return count
 
@@ -175,7 +175,7 @@ def check_launcher(accelerator: Accelerator, args: TrainingArguments | None = No
     if world_size != got:
         raise RuntimeError(
             f"the launcher started {world_size} processes, but each trains alone (num_processes={got}): they would "
-            f"write {world_size} separate trainings into one folder. No accelerator was found for them. To train on CPU "
+            f"write {world_size} trainings into one folder. No accelerator was found for them. To train on CPU "
             "processes set ACCELERATE_USE_CPU=true in the environment, or pass --use_cpu true"
         )
     _check_strategy(accelerator, args)

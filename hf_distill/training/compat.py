@@ -10,7 +10,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.utils.data import BatchSampler
 
 
 class ForwardRedirection:
@@ -111,6 +114,50 @@ def is_sharded(accelerator) -> bool:
 def ragged_end(accelerator) -> int | None:
     """How many samples of this (last) batch over all ranks are real; None when nothing was repeated to even out ranks."""
     state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
         return None
-    return state.remainder
+    loader = state.active_dataloader
+    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    while isinstance(sampler, SkipBatchSampler):  # a run resumed inside an epoch; `state.remainder` is unknown there
+        sampler = sampler.batch_sampler
+    if not isinstance(sampler, BatchSamplerShard) or sampler.drop_last:
+        return None
+    return len(sampler.batch_sampler.sampler) % (sampler.batch_size * sampler.num_processes) or None
+
+
+def check_dataloading(accelerator) -> None:
+    """Several ranks each read their own, equally many batches. Raises ValueError for settings that say otherwise."""
+    config = accelerator.dataloader_config
+    if config.dispatch_batches is None:
+        config.dispatch_batches = False  # streams would be read by one rank and cut by rows, loss rows included
+    for name, refused in (("dispatch_batches", True), ("split_batches", True), ("even_batches", False)):
+        if getattr(config, name) is refused:
+            raise ValueError(
+                f"accelerator_config {name}={refused} gives ranks parts of a batch or unequal numbers of batches, which "
+                f"exact scaling cannot count: set {name}={not refused}"
+            )
+
+
+def find_unused_parameters(accelerator) -> None:
+    """DDP takes parameters without a gradient for granted; Trainer's own setting is read before the objective is known."""
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = True
+
+
+def shard_apart(accelerator, model: nn.Module, objective: nn.Module) -> None:
+    """FSDP2 shards the objective as a group of its own: one group cannot mix its dtype with the student's.
+
+    Raises:
+        ValueError: they differ in dtype and the wrapping policy knows no classes.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or not any(True for _ in objective.parameters()):
+        return
+    if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
+        layers = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
+        plugin.transformer_cls_names_to_wrap = [*layers, type(objective).__name__]
+    elif len({p.dtype for m in (model, objective) for p in m.parameters() if p.requires_grad}) > 1:
+        raise ValueError(
+            "FSDP2 cannot shard a student and an objective of different dtypes in one group: set "
+            "fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP, or load the student in float32"
+        )

@@ -45,6 +45,10 @@ class DistillArguments:
     allow_different_chat_templates: bool = field(
         default=False, metadata={"help": "Go on when student and teacher chat templates render a sample differently."}
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "save_model writes a LoRA student merged into its base; checkpoints keep the adapter."},
+    )
     dense_logits: bool = field(
         default=False,
         metadata={"help": "Use the models' own full logits instead of backbone and head (more memory; for unusual heads)."},
@@ -60,6 +64,8 @@ class DistillArguments:
     def __post_init__(self):
         if sum((self.teacher_load_in_8bit, self.teacher_load_in_4bit)) > 1:
             raise ValueError("teacher_load_in_8bit and teacher_load_in_4bit exclude each other: choose one")
+        if self.measure_teacher_fidelity < 0:
+            raise ValueError(f"measure_teacher_fidelity counts batches, got {self.measure_teacher_fidelity}")
         if self.objective_learning_rate is not None and not self.objective_learning_rate > 0:
             raise ValueError(f"objective_learning_rate must be positive, got {self.objective_learning_rate}")
         if self.tile_megabytes is not None and self.tile_megabytes < 1:

@@ -8,7 +8,7 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 
-from hf_distill.curricula.collators import DataCollatorForDistillation
+from hf_distill.curricula.collators import CACHED, DataCollatorForDistillation
 from hf_distill.heads import (
     base_model_of,
     check_head,
@@ -18,19 +18,18 @@ from hf_distill.heads import (
     rows_of,
     runs_dense,
 )
-from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
 from hf_distill.objectives import Objective
-from hf_distill.signals import SparseLogits
 from hf_distill.teachers import Teacher
 from hf_distill.training import compat
 from hf_distill.training.callbacks import DistillCallback, StepCallback
 from hf_distill.training.checks import check_launcher
+from hf_distill.training.evaluation import EvaluatesExactly, observable
 from hf_distill.training.saving import KEY, SavesObjective
 
 logger = logging.getLogger(__name__)
 
 
-class DistillMixin(SavesObjective):
+class DistillMixin(EvaluatesExactly, SavesObjective):
     """Stands before Trainer, SFTTrainer or DPOTrainer in a class's bases. Everything not said here is the parent's."""
 
     loss_is_scaled_for_ga = True  # it divides by the global count, in `_scaled`, for every trainer
@@ -50,9 +49,9 @@ class DistillMixin(SavesObjective):
         self._log_steps = 0
         self._non_finite: dict[str, Tensor] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._eval_totals: dict[str, tuple] | None = None
         self._resumed: dict[str, Tensor] | None = None
         self._wrote_checkpoints = False
+        self._frozen_head: Tensor | None = None
         if teacher is not None:
             teacher.attach(self.model)
             self._check_teacher(teacher, objective)
@@ -72,16 +71,23 @@ class DistillMixin(SavesObjective):
             check_head(self.model, "student")
         objective.setup(self.model, teacher)
         objective.to(self.args.device)
-        head, tied = base.get_output_embeddings(), base.config.get_text_config().tie_word_embeddings
-        if "logits" not in objective.needs_of("student") and head is not None and not tied:
-            # a head that gets no gradient stops DDP at its second step and has no optimizer state to resume
-            head.weight.requires_grad_(False)
+        if "logits" not in objective.needs_of("student"):
+            self._without_gradient_of_the_head(base)
+        compat.shard_apart(self.accelerator, self.model, objective)
         self.model.add_module(KEY, objective)
         self._objective = objective
         if not isinstance(self.data_collator, DataCollatorForDistillation) and has_row_labels(self.model):
             self.data_collator = DataCollatorForDistillation(
                 self.data_collator, shift=self._shift, vocabulary=self._common_vocabulary()
             )
+
+    def _without_gradient_of_the_head(self, base: nn.Module) -> None:
+        """A parameter without a gradient stops DDP at its second step, and has no optimizer state to resume."""
+        head, tied = base.get_output_embeddings(), base.config.get_text_config().tie_word_embeddings
+        if head is not None and not tied:
+            self._frozen_head = head.weight.requires_grad_(False)
+        if self.args.ddp_find_unused_parameters is None:  # a head's bias, a pooler, layers above the last one read
+            compat.find_unused_parameters(self.accelerator)
 
     @property
     def objective(self) -> Objective | None:
@@ -109,9 +115,10 @@ class DistillMixin(SavesObjective):
             raise ValueError(f"the student has {ours} classes and the teacher {theirs}: give both the same num_labels")
 
     def _check_streams(self) -> None:
-        """Streams have no length, so a ragged end over several ranks cannot be counted: refused by name."""
+        """Ways of feeding several ranks whose repeated or uneven rows cannot be told apart are refused by name."""
         if self.accelerator.num_processes == 1:
             return
+        compat.check_dataloading(self.accelerator)
         if isinstance(self.train_dataset, IterableDataset) and not self.args.dataloader_drop_last:
             raise ValueError(
                 "an IterableDataset on several processes needs dataloader_drop_last=True: its last batch is filled up "
@@ -171,15 +178,15 @@ class DistillMixin(SavesObjective):
     def _counts(self, batch: dict) -> dict[str, int]:
         """Items of this micro-batch per unit, known on the host from shapes."""
         if "loss_rows" in batch:
-            counts = {"token": batch["loss_rows"].shape[0], "sample": batch["document_example"].shape[0], "batch": 1}
+            tokens, samples = batch["loss_rows"].shape[0], batch["document_example"].shape[0]
         else:
-            items = 0 if batch.get("only_repeats") else _first_tensor(batch).shape[0]
-            counts = {"token": items, "sample": items, "batch": 1}
-        return counts | self.objective.count(batch)
+            tokens = samples = 0 if batch.get("only_repeats") else _first_tensor(batch).shape[0]
+        return {"token": tokens, "sample": samples, "batch": int(samples > 0)} | self.objective.count(batch)
 
     def _signals(self, model: nn.Module, batch: dict, observed: dict | None = None):
         """Teacher, student and terms of one micro-batch. Runs inside the wrapped model's forward."""
-        objective = getattr(model, KEY)
+        objective = getattr(model, KEY, self._objective)  # `student()` takes it off the model
+        counts = self._counts(batch)
         batch = {k: v for k, v in batch.items() if k != "only_repeats"}
         with self.accelerator.autocast():
             teacher = None
@@ -189,7 +196,7 @@ class DistillMixin(SavesObjective):
             needs = objective.needs_of("student") | (frozenset({"logits"}) if observed else frozenset())
             student = collect(model, batch, needs, rows_of(batch), dense=self._dense)
             if observed is not None:
-                observed = _observable(observed, student, teacher)
+                observed = observable(observed, student, teacher)
             megabytes = self.args.tile_megabytes
             terms = objective(
                 student,
@@ -198,7 +205,9 @@ class DistillMixin(SavesObjective):
                 observed=observed,
                 tile_bytes=None if megabytes is None else megabytes * 2**20,
             )
-        return student, teacher, terms
+        # a mean over no items is nan; its share of the whole is nothing, but it stays in the graph
+        empty = {name: t._replace(value=t.value.nan_to_num()) for name, t in terms.items() if not counts[t.per]}
+        return student, teacher, terms | empty
 
     def _training_loss(self, model: nn.Module, batch: dict) -> Tensor:
         student, teacher, terms = self._signals(model, batch)
@@ -223,11 +232,9 @@ class DistillMixin(SavesObjective):
         batches = []
         for _ in range(num_batches):
             try:
-                batches.append(next(epoch_iterator))
+                batches.append(self._without_repeats(next(epoch_iterator), self.args.per_device_train_batch_size))
             except StopIteration:
                 break
-        if batches:
-            batches[-1] = self._without_repeats(batches[-1], self.args.per_device_train_batch_size)
         self._count_window(batches, device)
         self._window_sums = {}
         return batches, None
@@ -255,6 +262,8 @@ class DistillMixin(SavesObjective):
                 if prefix + "loss_rows" in batch:
                     batch |= {prefix + k: batch[prefix + k][rows] for k in ("loss_rows", "row_labels", "row_document")}
                     batch[prefix + "document_example"] = batch[prefix + "document_example"][kept]
+            for name in getattr(self.data_collator, "token_columns", ()):
+                batch[CACHED + name] = batch[CACHED + name][rows]
             return batch
         size = _first_tensor(batch).shape[0]
         if keep >= size:
@@ -306,81 +315,6 @@ class DistillMixin(SavesObjective):
             logs["num_tokens"] = int(self._tokens)
             self._dispatch("on_distill_log", logs=logs, accelerator=self.accelerator)
         super().log(logs, start_time)
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
-        if self.objective is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        batch = self._without_repeats(inputs, self.args.per_device_eval_batch_size)
-        unwrapped = self.accelerator.unwrap_model(model)
-        with torch.no_grad():
-            loss, logits = self._redirect(model, unwrapped, self._evaluate_batch, unwrapped, batch)
-            if prediction_loss_only:
-                return loss, None, None
-            if logits is None or batch is not inputs:
-                plain = {k: v for k, v in inputs.items() if k != "labels" and k not in _OURS and not k.startswith("teacher_")}
-                logits = model(**plain).logits
-        return loss, logits.detach(), inputs.get("labels")
-
-    def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
-        student, _, terms = self._signals(model, batch, observed=dict(_OBSERVED))
-        counts = self._counts(batch)
-        for name, term in terms.items():
-            total, count, _, _ = self._eval_totals.get(name, (0.0, 0, None, None))
-            value = term.value.double() if term.value.device.type != "mps" else term.value
-            n = counts[term.per]
-            self._eval_totals[name] = (total + value * n, count + n, term.weight, name in _OBSERVED)
-        loss = sum(term.value * term.weight for term in terms.values())
-        return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
-
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        if self.objective is None:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        self._eval_totals = {}
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(self._exact_metrics(metric_key_prefix))
-        return output
-
-    def _exact_metrics(self, prefix: str) -> dict[str, float]:
-        """Means over all rows or documents of the set, whatever its split into batches and ranks."""
-        names = sorted(self._eval_totals)
-        if not names:
-            return {}
-        packed = torch.stack(
-            [torch.stack([torch.as_tensor(self._eval_totals[n][i], device=self.args.device).double() for i in (0, 1)]) for n in names]
-        )
-        packed = self.accelerator.reduce(packed, "sum")
-        metrics, loss = {}, 0.0
-        for name, (total, count) in zip(names, packed.tolist(), strict=True):
-            _, _, weight, only_observed = self._eval_totals[name]
-            mean = total / max(count, 1)
-            if mean != mean or abs(mean) == float("inf"):
-                raise FloatingPointError(f"term {name!r} is NaN or infinite in evaluation at step {self.state.global_step}")
-            loss += 0.0 if only_observed else float(weight) * mean
-            metrics[f"{prefix}_{name}"] = mean
-        self._eval_totals = None
-        return metrics | {f"{prefix}_loss": loss}
-
-
-_OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
-_OURS = ("loss_rows", "row_labels", "row_document", "document_example", "only_repeats")
-
-
-def _observable(observed: dict, student, teacher) -> dict:
-    """What can be measured on these signals without disturbing the objective."""
-    if student.logits is None:
-        return {}
-    if teacher is None or teacher.logits is None:
-        observed = {"cross_entropy": observed["cross_entropy"]}
-    elif isinstance(teacher.logits, SparseLogits):
-        observed = {k: v for k, v in observed.items() if k != "agreement"}
-    labels = student.labels
-    if labels is None or labels.is_floating_point() or labels.dim() != 1:
-        observed = {k: v for k, v in observed.items() if k != "cross_entropy"}
-    return observed
 
 
 def _first_tensor(batch: dict) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import logging
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_distill.heads import base_model_of
+from hf_distill.hub.card import write_model_card
 from hf_distill.training import compat
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,12 @@ logger = logging.getLogger(__name__)
 KEY = "distill_objective"
 FILE = KEY + ".safetensors"
 TRAINER_STATE = "trainer_state.json"
+DISK_SIGNS = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "inline_container")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class DiskFullError(OSError):
+    """A save that did not fit; the message says what was written and where to go on."""
 
 
 def complete_checkpoints(output_dir: str) -> tuple[list[str], list[str]]:
@@ -44,6 +53,11 @@ def _is_complete(folder: str) -> bool:
         return False
 
 
+def _holds_optimizer(folder: str) -> bool:
+    """optimizer.pt of one process or DDP, optimizer.bin / optimizer_0 of FSDP, global_step<N> of DeepSpeed."""
+    return any(name.startswith(("optimizer", "global_step")) for name in os.listdir(folder))
+
+
 class SavesObjective:
     """Trainer hooks that write and read checkpoints."""
 
@@ -60,11 +74,53 @@ class SavesObjective:
             if objective is not None:
                 model._modules[KEY] = objective
 
-    def student(self) -> nn.Module:
-        """The trained student, clean: objective and teacher taken off. Call it when training is over."""
+    def student(self, *, merge: bool | None = None) -> nn.Module:
+        """The trained student, clean and in eval mode: objective, hooks and replaced forwards taken off, its head unfrozen.
+
+        Call it when training is over.
+
+        Args:
+            merge: fold a LoRA adapter into the weights for good, so that `save_model` writes a plain model; None takes
+                `args.merge_adapter`.
+        """
         model = self.accelerator.unwrap_model(self.model)
         model._modules.pop(KEY, None)
-        return model
+        base = base_model_of(model)
+        for module in {model, base}:
+            if not hasattr(module, "_hf_hook"):  # accelerate's autocast and TRL's fused head
+                module.__dict__.pop("forward", None)
+                module.__dict__.pop("_original_forward", None)
+        if hasattr(base, "disable_input_require_grads"):
+            base.disable_input_require_grads()
+        if getattr(base, "is_gradient_checkpointing", False):
+            base.activation_checkpointing_disable()
+        if self._frozen_head is not None:
+            self._frozen_head.requires_grad_(True)
+        if (self.args.merge_adapter if merge is None else merge) and hasattr(model, "merge_and_unload"):
+            self._refuse_sharded_merge()
+            model = self.model = self.model_wrapped = model.merge_and_unload()
+            if self.teacher is not None:
+                self.teacher.detach()
+        return model.eval()
+
+    @contextlib.contextmanager
+    def _merged_student(self):
+        """For the length of a final save: a merged copy of a LoRA student in place of the model."""
+        if self._in_checkpoint or not self.args.merge_adapter or not hasattr(self.model, "merge_and_unload"):
+            yield
+            return
+        own, self.model = self.model, copy.deepcopy(self.model).merge_and_unload()
+        try:
+            yield
+        finally:
+            self.model = own
+
+    def _refuse_sharded_merge(self) -> None:
+        if compat.is_sharded(self.accelerator):
+            raise ValueError(
+                "an adapter cannot be merged while the model is sharded: leave merge_adapter off, then load the saved "
+                "adapter with AutoPeftModelForCausalLM and call merge_and_unload()"
+            )
 
     # ---- saving ------------------------------------------------------------------------------------------------------
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -79,7 +135,12 @@ class SavesObjective:
             self._check_finite()
         if self.args.should_save:
             self._check_space(output_dir)
-        with self._clean_student(), _named_disk_errors(output_dir):
+            # a marker of an older run would make a half-written checkpoint look complete, stale adapter files a merged model
+            stale = (TRAINER_STATE,) if self._in_checkpoint else ADAPTER_FILES if self.args.merge_adapter else ()
+            for name in stale:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(output_dir, name))
+        with self._clean_student(), self._merged_student(), _named_disk_errors(output_dir):
             super()._save(output_dir, state_dict=state_dict)
             if self._in_checkpoint and self.args.should_save and self.objective is not None:
                 save_file(self._resume_tensors(own), os.path.join(output_dir, FILE))
@@ -114,7 +175,7 @@ class SavesObjective:
         """Raises OSError before anything is written when it cannot fit."""
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         weights = trainable
-        if not hasattr(self.model, "get_base_model"):
+        if self.args.merge_adapter or not hasattr(self.model, "get_base_model"):
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         needed = weights + (2 * trainable if self._in_checkpoint and not self.args.save_only_model else 0)
         place = output_dir
@@ -122,11 +183,15 @@ class SavesObjective:
             place = os.path.dirname(os.path.abspath(place))
         free = shutil.disk_usage(place).free
         if needed > free:
-            raise OSError(
+            raise DiskFullError(
                 errno.ENOSPC,
                 f"saving needs about {needed / 2**20:.0f} MiB and {place} has {free / 2**20:.0f} MiB left: nothing was "
                 "written. Free some space or lower save_total_limit, then go on with resume_from_checkpoint",
             )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
+        """Write our card; see `hub.card`."""
+        write_model_card(self, model_name, dataset_name, tags)
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -135,6 +200,8 @@ class SavesObjective:
         Raises:
             ValueError: the output folder holds another run; nothing to resume from.
         """
+        if self.args.merge_adapter:
+            self._refuse_sharded_merge()
         return super().train(resume_from_checkpoint=self._checkpoint_to_resume(resume_from_checkpoint), **kwargs)
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
@@ -161,8 +228,14 @@ class SavesObjective:
         else:
             chosen = str(asked)
             if not _is_complete(chosen):
-                hint = f"; the last complete one is {complete[0]}" if complete else ""
+                beside, _ = complete_checkpoints(os.path.dirname(os.path.abspath(chosen)))
+                hint = f"; the last complete one is {(beside or complete)[0]}" if beside or complete else ""
                 raise ValueError(f"{chosen} is not a complete checkpoint (no readable {TRAINER_STATE}){hint}")
+        if not _holds_optimizer(chosen):
+            raise ValueError(
+                f"{chosen} holds no optimizer state (it was written with save_only_model), so the run cannot go on as it was. "
+                f"To train on from its weights, give {chosen} as the model and another output_dir"
+            )
         self._wrote_checkpoints = True
         for folder in partial:
             if self.args.should_save:
@@ -197,7 +270,13 @@ class SavesObjective:
             raise ValueError(f"{folder} has no {FILE}: it was not written by a distillation trainer")
         tensors = load_file(path)
         if not compat.is_sharded(self.accelerator):
-            self.objective.load_state_dict(_under(tensors, "parameter."))
+            own, saved = self.objective.state_dict(), _under(tensors, "parameter.")
+            if own.keys() != saved.keys() or any(own[k].shape != saved[k].shape for k in own):
+                raise ValueError(
+                    f"the checkpoint's objective has parameters {_shapes(saved)}, this one {_shapes(own)}: resume with the "
+                    "objective, student and teacher the run was started with"
+                )
+            self.objective.load_state_dict(saved)
         self.objective.load_state_tensors(_under(tensors, "state."))
         return tensors
 
@@ -220,17 +299,26 @@ def _under(tensors: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _shapes(tensors: dict) -> str:
+    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items()) or "none"
+
+
 @contextlib.contextmanager
 def _named_disk_errors(folder: str):
-    """A full disk named as such, whichever library met it."""
+    """A save that failed for want of space named as such, whichever library met it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except DiskFullError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
         text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text
-        if not full or "complete checkpoint" in text or "saving needs" in text:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # safetensors gives the system's message, torch.save only that its writer failed
+        if not full and not any(sign in text for sign in DISK_SIGNS):
             raise
-        complete, _ = complete_checkpoints(os.path.dirname(os.path.abspath(folder)))
-        complete = complete or complete_checkpoints(folder)[0]
+        complete = complete_checkpoints(os.path.dirname(os.path.abspath(folder)))[0] or complete_checkpoints(folder)[0]
         last = f"the last complete checkpoint is {complete[0]}" if complete else "no complete checkpoint exists yet"
-        raise OSError(errno.ENOSPC, f"the disk filled up while writing {folder} ({text}); {last}") from error
+        reason = text.splitlines()[0]
+        raise DiskFullError(
+            errno.ENOSPC, f"writing {folder} failed, probably for want of space ({reason}); {last}"
+        ) from error

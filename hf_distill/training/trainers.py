@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 
+from datasets import IterableDataset
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 from trl import DPOTrainer, SFTTrainer
@@ -42,7 +43,7 @@ def teacher_from(teacher, args, quantization_config=None) -> Teacher | None:
     if args.teacher_adapter_off:
         if teacher is not None or args.teacher_model_name_or_path is not None:
             raise ValueError("teacher_adapter_off takes the student's base as the teacher: give no other teacher")
-        return AdapterOffTeacher()
+        return AdapterOffTeacher(dense_logits=args.dense_logits)
     if teacher is None:
         teacher = args.teacher_model_name_or_path
     if teacher is None or isinstance(teacher, Teacher):
@@ -64,13 +65,19 @@ def teacher_from(teacher, args, quantization_config=None) -> Teacher | None:
     return load_teacher(teacher, **options)
 
 
-def _require(objective: Objective | None, teacher: Teacher | None) -> None:
+def _require(objective: Objective | None, teacher: Teacher | None, args) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective (for example LogitKD()), got {type(objective).__name__}")
     if objective.uses_teacher and teacher is None:
         raise ValueError(
             f"{type(objective).__name__} needs a teacher: pass teacher=, or --teacher_model_name_or_path, "
             "or teacher_adapter_off with a LoRA student"
+        )
+    if args.measure_teacher_fidelity and getattr(teacher, "quantised_from", None) is None:
+        raise ValueError(
+            "measure_teacher_fidelity compares a quantised teacher with its full precision, but "
+            f"{getattr(teacher, 'name', 'no teacher')} was not loaded quantised from a path: add teacher_load_in_4bit, "
+            "teacher_load_in_8bit or teacher_quantization_config, or leave it 0"
         )
 
 
@@ -108,7 +115,7 @@ class DistillTrainer(DistillMixin, Trainer):
         args = arguments_as(DistillConfig, args, model)
         objective = LogitKD() if objective is None else objective
         teacher = teacher_from(teacher, args, teacher_quantization_config)
-        _require(objective, teacher)
+        _require(objective, teacher, args)
         check_dataset(train_dataset, "train")
         set_seed(args.seed)
         if isinstance(model, str):
@@ -165,7 +172,7 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
         args = arguments_as(DistillSFTConfig, args, model)
         objective = LogitKD() if objective is None else objective
         teacher = teacher_from(teacher, args, teacher_quantization_config)
-        _require(objective, teacher)
+        _require(objective, teacher, args)
         check_dataset(train_dataset, "train")
         if isinstance(model, str):
             processing_class = processing_class or compat.load_processing_class(model)
@@ -189,7 +196,7 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        if not self._skip_prepare_dataset:
+        if not self._skip_prepare_dataset and not isinstance(self.train_dataset, IterableDataset):
             check_has_loss(self.train_dataset)
         self._attach(teacher, objective)
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -243,6 +244,7 @@ def test_promise_of_a_command_line_is_misread(tmp_path, command, promised):
         assert checks._promised(arguments, str(tmp_path)) == promised
 
 
+CPU2 = str(Path(__file__).parents[2] / "recipes/accelerate/cpu2.yaml")
 SCRIPT = """
 from accelerate import Accelerator
 from hf_distill.training.checks import check_launcher
@@ -263,7 +265,7 @@ except RuntimeError as error:
             False,
             ["refused accelerate launch was asked for 2 processes and started 1"],
         ),
-        (["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], True, ["accepted 2", "accepted 2"]),
+        (["--config_file", CPU2, "--main_process_port", "0"], True, ["accepted 2", "accepted 2"]),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what CPU launches do, and two processes need two GPUs here")

@@ -1,0 +1,101 @@
+"""The model card beside every saved student: who taught it, how, on what, and what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+MEASURES = {
+    "cross_entropy": "cross-entropy on held-out data (nats)",
+    "teacher_kl": "KL(teacher \\|\\| student) (nats)",
+    "agreement": "top-1 agreement with the teacher",
+}
+PACKAGES = ("hf-distill", "transformers", "trl", "peft", "accelerate", "datasets", "torch")
+
+
+def write_model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+    """Write README.md into the trainer's output folder (world process zero only).
+
+    Args:
+        model_name: default: the output folder's name.
+        dataset_name: the data's Hub id or path; a path of this machine is left out of the card's metadata.
+        tags: more tags.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    objective, teacher = trainer.objective, trainer.teacher
+    papers = [] if objective is None else [leaf.paper for _, _, leaf in objective.leaves() if leaf.paper is not None]
+    described = {} if teacher is None else teacher.describe()
+    base = getattr(trainer.model.config, "_name_or_path", "") or None
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=base if base and not os.path.exists(base) else None,
+        datasets=dataset_name if dataset_name and not os.path.exists(dataset_name) else None,
+        tags=sorted(
+            {*trainer._tag_names, *(paper.slug for paper in papers), *([tags] if isinstance(tags, str) else tags or ())}
+        ),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=model_name or os.path.basename(os.path.normpath(trainer.args.output_dir)),
+        student_parameters=trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
+        student_class=type(trainer.accelerator.unwrap_model(trainer.model)).__name__,
+        teacher=_without_local_path(described),
+        objective=_terms(objective, trainer.progress),
+        papers=papers,
+        dataset_name=None if dataset_name is None else os.path.basename(dataset_name),
+        results=_results(trainer.state.log_history),
+        steps=trainer.state.global_step,
+        learning_rate=trainer.args.learning_rate,
+        batch=trainer.args.per_device_train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size,
+        seed=trainer.args.seed,
+        versions={name: _version(name) for name in PACKAGES},
+    )
+    os.makedirs(trainer.args.output_dir, exist_ok=True)
+    card.save(os.path.join(trainer.args.output_dir, "README.md"))
+
+
+def _without_local_path(described: dict) -> dict:
+    name = described.get("teacher")
+    if name and os.path.exists(name):
+        described = described | {"teacher": os.path.basename(os.path.normpath(name))}
+    return {k: v for k, v in described.items() if v is not None}
+
+
+def _terms(objective, progress: float) -> list[dict]:
+    """Each term with its weight at the end of training."""
+    if objective is None:
+        return []
+    rows = []
+    for prefix, factor, leaf in objective.leaves():
+        weights = leaf.weights(progress)
+        for name, divergence in leaf.logit_terms(progress).items():
+            rows.append(
+                {
+                    "name": prefix + name,
+                    "what": type(divergence).__name__,
+                    "weight": factor * float(weights.get(name, 1.0)),
+                }
+            )
+        for name in set(weights) - set(leaf.logit_terms(progress)):
+            rows.append({"name": prefix + name, "what": type(leaf).__name__, "weight": factor * float(weights[name])})
+    return rows
+
+
+def _results(history: list[dict]) -> list[tuple[str, float]]:
+    last = next((entry for entry in reversed(history) if any(k.startswith("eval_") for k in entry)), {})
+    return [(label, last[f"eval_{key}"]) for key, label in MEASURES.items() if f"eval_{key}" in last]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

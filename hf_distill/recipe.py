@@ -1,0 +1,290 @@
+"""What recipes share: flags, loading models and data, the embedded default, `--tiny`, and the table at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
+from hf_distill.tiny import made_up_rows, tiny_arguments, tiny_models
+from hf_distill.training import compat
+from hf_distill.training.config import DistillSFTConfig
+from hf_distill.training.trainers import teacher_from
+
+EMBEDDED = Path(__file__).parent / "embedded"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass
+class RecipeArguments:
+    """Flags of every recipe beside TRL's."""
+
+    student_init: str = field(
+        default="pretrained",
+        metadata={
+            "help": "pretrained: weights of model_name_or_path. from_teacher: chosen layers of the teacher. "
+            "random: model_name_or_path's config, untrained."
+        },
+    )
+    student_layers: str = field(
+        default="every_2",
+        metadata={"help": "Layers kept with --student_init from_teacher: every_N, first_N, last_N, a count, or 0,3,7."},
+    )
+    eval_examples: int = field(
+        default=500, metadata={"help": "Held-out examples cut from the training set where there is no test split."}
+    )
+    tiny: bool = field(
+        default=False,
+        metadata={
+            "help": "Same settings, same code, on random 2-layer models of the same families and eight made-up rows; "
+            "two steps. To see whether a configuration runs at all."
+        },
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest complete checkpoint of output_dir."})
+
+
+@dataclass
+class Setup:
+    """A run, loaded."""
+
+    student: PreTrainedModel
+    teacher: Teacher
+    train: Dataset
+    eval: Dataset | None
+    processing_class: object
+    peft_config: object = None
+    embedded: bool = False
+
+    @property
+    def trainer_arguments(self) -> dict:
+        return {
+            "eval_dataset": self.eval,
+            "processing_class": self.processing_class,
+            "peft_config": self.peft_config,
+        }
+
+
+def parse(config_class: type, method: str, argv: list[str] | None = None) -> tuple:
+    """Flags and `--config file.yaml` as (script, recipe, args, model, config); the embedded default without flags."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser((_Script, RecipeArguments, DistillSFTConfig, ModelConfig, config_class))
+    script, recipe, args, model, config = parser.parse_args_and_config(argv)
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
+    if _is_embedded(script, args, model):
+        _embedded_arguments(args, given, method)
+    if args.output_dir is None or (args.output_dir == "trainer_output" and "output_dir" not in given):
+        args.output_dir = os.path.join("runs", method)
+    if recipe.tiny:
+        tiny_arguments(args, model)
+    if recipe.resume or (args.resume_from_checkpoint or "").lower() in ("true", "last"):
+        args.resume_from_checkpoint = True
+    return script, recipe, args, model, config
+
+
+@dataclass
+class _Script(ScriptArguments):
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder saved by datasets, or json/jsonl/csv/parquet/txt file(s) or a folder of them."
+        },
+    )
+
+
+def _is_embedded(script, args, model) -> bool:
+    named = (script.dataset_name, args.teacher_model_name_or_path, model.model_name_or_path)
+    return not any(named) and not args.teacher_adapter_off
+
+
+def _embedded_arguments(args: DistillSFTConfig, given: set[str], method: str) -> None:
+    """About a minute on two CPU cores; every flag that was given wins."""
+    default = {
+        "output_dir": os.path.join("runs", method),
+        "max_steps": 150,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 32,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "max_length": 128,
+        "logging_steps": 10,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+    }
+    for name, value in default.items():
+        if name not in given:
+            setattr(args, name, value)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+def load_language_setup(script, recipe: RecipeArguments, args: DistillSFTConfig, model: ModelConfig) -> Setup:
+    """Models, tokenizer and datasets of a run.
+
+    Raises:
+        ValueError: a path that is no model or no data, or flags that contradict each other.
+    """
+    set_seed(args.seed)
+    if recipe.tiny:
+        tiny_models(args, model, str(EMBEDDED / "tokenizer"))
+    elif _is_embedded(script, args, model):
+        return embedded_setup(args.seed)
+    teacher = teacher_from(None, args)
+    student, processing_class = _student(recipe, args, model, teacher)
+    train, held_out = (made_up_rows(),) * 2 if recipe.tiny else _data(script, recipe, args)
+    if isinstance(teacher, AdapterOffTeacher) and not model.use_peft:
+        raise ValueError("--teacher_adapter_off needs --use_peft: the teacher is the adapter's base")
+    return Setup(student, teacher, train, held_out, processing_class, get_peft_config(model))
+
+
+def embedded_setup(seed: int = 0) -> Setup:
+    """The default of recipes without flags: the embedded teacher, a small untrained student, Python's own sources."""
+    from hf_distill.embedded.corpus import stdlib_dataset
+
+    teacher = FrozenTeacher.from_pretrained(str(EMBEDDED / "teacher"))
+    train = stdlib_dataset("train").select_columns("text")
+    return Setup(
+        small_student(teacher.config, seed),
+        teacher,
+        train,
+        stdlib_dataset("validation", max_characters=60_000).select_columns("text"),
+        teacher.tokenizer,
+        embedded=True,
+    )
+
+
+def small_student(teacher_config, seed: int = 0) -> PreTrainedModel:
+    """An untrained Llama about a tenth of the embedded teacher's size, with its vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=teacher_config.vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=teacher_config.bos_token_id,
+        eos_token_id=teacher_config.eos_token_id,
+        pad_token_id=teacher_config.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _student(recipe: RecipeArguments, args, model: ModelConfig, teacher: Teacher | None):
+    if recipe.student_init not in ("pretrained", "from_teacher", "random"):
+        raise ValueError(f"student_init must be pretrained, from_teacher or random, got {recipe.student_init!r}")
+    if recipe.student_init == "from_teacher":
+        from hf_distill.students import from_teacher
+
+        if not isinstance(teacher, FrozenTeacher):
+            raise ValueError("--student_init from_teacher needs --teacher_model_name_or_path")
+        student = from_teacher(teacher.model, _layers(recipe.student_layers)).float()
+        return student, teacher.tokenizer
+    if model.model_name_or_path is None:
+        raise ValueError("no student: give --model_name_or_path, or --student_init from_teacher")
+    tokenizer = compat.load_processing_class(model.model_name_or_path, revision=model.model_revision)
+    if recipe.student_init == "random":
+        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+    options = {"revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    student = compat.load_model(
+        model.model_name_or_path,
+        what="student",
+        quantization_config=get_quantization_config(model),
+        dtype=model.dtype or torch.float32,
+        **{k: v for k, v in options.items() if v is not None},
+    )
+    return student, tokenizer
+
+
+def _layers(text: str) -> str | int | list[int]:
+    if "," in text:
+        return [int(part) for part in text.split(",")]
+    return int(text) if text.isdigit() else text
+
+
+def _data(script, recipe: RecipeArguments, args) -> tuple[Dataset, Dataset | None]:
+    loaded = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    if not isinstance(loaded, dict):
+        loaded = {script.dataset_train_split: loaded}
+    if script.dataset_train_split not in loaded:
+        raise ValueError(
+            f"{script.dataset_name!r} has no split {script.dataset_train_split!r}, only {', '.join(loaded)}"
+        )
+    train = loaded[script.dataset_train_split]
+    if script.dataset_test_split in loaded:
+        return train, loaded[script.dataset_test_split]
+    if script.dataset_streaming or not recipe.eval_examples or len(train) < 2 * recipe.eval_examples:
+        return train, None
+    parts = train.train_test_split(recipe.eval_examples, seed=args.seed)
+    return parts["train"], parts["test"]
+
+
+def load_data(name: str | None, config: str | None = None, streaming: bool = False):
+    """A dataset from a Hub id, a folder saved by `datasets`, or json/jsonl/csv/parquet/txt files.
+
+    Raises:
+        ValueError: nothing of that name, or no known file in the folder.
+    """
+    if name is None:
+        raise ValueError("no data: give --dataset_name a Hub id, a folder or a file")
+    path = Path(name)
+    if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        return load_from_disk(name)
+    if path.is_file() or path.is_dir():
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FORMATS)
+        kinds = {FORMATS.get(f.suffix) for f in files} - {None}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{name!r} must hold files of one kind of {', '.join(FORMATS)}, found {sorted(kinds) or 'none'}"
+            )
+        options = {"sample_by": "document"} if kinds == {"text"} else {}
+        found = load_dataset(kinds.pop(), data_files=[str(f) for f in files], streaming=streaming, **options)
+        return found if isinstance(found, DatasetDict) else dict(found)
+    try:
+        return dict(load_dataset(name, config, streaming=streaming))
+    except Exception as error:
+        raise ValueError(f"cannot load dataset {name!r}: no such file or folder, and as a Hub id: {error}") from error
+
+
+# ---- the end of a run -----------------------------------------------------------------------------------------------
+MEASURES = (
+    ("cross_entropy", "cross-entropy on held-out text"),
+    ("teacher_kl", "KL(teacher || student)"),
+    ("agreement", "top-1 agreement"),
+)
+
+
+def run(setup: Setup, trainer, args, dataset_name: str | None = None) -> dict[str, float]:
+    """Evaluate, train, evaluate, save, push if asked, and print what changed. Returns the last evaluation."""
+    before = trainer.evaluate() if setup.eval is not None and not args.resume_from_checkpoint else {}
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = trainer.evaluate() if setup.eval is not None else {}
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(dataset_name=dataset_name)
+    if trainer.is_world_process_zero():
+        print(table(setup, before, after))
+        print(f"student saved in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    return after
+
+
+def table(setup: Setup, before: dict[str, float], after: dict[str, float]) -> str:
+    """What held-out text says of the student before and after."""
+    ours, theirs = setup.student.num_parameters(), setup.teacher.describe().get("teacher_parameters")
+    lines = [f"student {ours:,} parameters" + (f", teacher {theirs:,} ({theirs / ours:.1f} times)" if theirs else "")]
+    for key, label in MEASURES:
+        if f"eval_{key}" in after:
+            start = f"{before[f'eval_{key}']:10.4f}" if f"eval_{key}" in before else " " * 10
+            lines.append(f"{label:34s} {start} -> {after[f'eval_{key}']:8.4f}")
+    return "\n".join(lines)

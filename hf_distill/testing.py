@@ -1,0 +1,206 @@
+"""The promises every method keeps, as a harness for our own methods and for those of other packages.
+
+    from hf_distill.methods import cards
+    from hf_distill.testing import check_methods
+
+    def test_my_method():
+        check_methods([card for card in cards() if card.slug == "my_method"])
+
+Each promise is one process that imports everything once and forks a child for every run of every card (a trainer's
+imports cost 10 s, a tiny run less than one); runs on two ranks are two such children. It needs os.fork (Linux, macOS)
+and uses the CPU only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_distill.methods import MethodCard
+
+PROMISES = {
+    "interface": "the config has help, parses from the command line and YAML and refuses NaN; distill gives a clean model",
+    "exact_scaling": "loss, gradients, state and evaluation do not depend on batch x accumulation x ranks x ragged end",
+    "no_wide_logits": "no tensor of rows x vocabulary in a training step or an evaluation",
+    "clean_student": "what is saved loads, matches and generates in a process without hf_distill",
+    "exact_resume": "killed mid-epoch and restarted, weights, state and logs are bit for bit the uninterrupted run's",
+    "distributed": "two ranks train with the same terms and end equal",
+    "frozen_teacher": "the teacher neither moves nor gets a gradient; under LoRA the student's base does not move either",
+    "quiet_evaluation": "evaluation changes no weight, state or random state",
+}
+
+
+class TinyText:
+    """What a text method runs on: a small Llama pair, 64 whole words, texts of 3 to 11 of them.
+
+    Subclass it and put an instance into SETUPS under your card's slug where your method needs other data, arguments or a
+    config without defaults.
+
+    Attributes:
+        auto_class, task, prompt: how the saved student is loaded and run in `pipeline()`.
+        wide: vocabulary of the models in "no_wide_logits"; no other size of theirs may be a multiple of it.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+    task = "text-generation"
+    prompt = "w1 w2 w3"
+    wide = 4099
+    words = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
+
+    def student(self, **changes):
+        """Two layers of width 16. Weights are larger than usual, so that gradients are far from rounding noise."""
+        return self._llama(16, 2, 0, changes)
+
+    def teacher(self, **changes):
+        return self._llama(32, 3, 1, changes)
+
+    def _llama(self, hidden: int, layers: int, seed: int, changes: dict):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        settings = dict(
+            vocab_size=len(self.words),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            initializer_range=0.2,
+        )
+        return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+    def processing_class(self):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(self.words)}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+        )
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        return tokenizer
+
+    def dataset(self, rows: int):
+        import random
+
+        from datasets import Dataset
+
+        draw = random.Random(0)
+        texts = [" ".join(f"w{draw.randrange(61)}" for _ in range(draw.randrange(3, 12))) for _ in range(rows)]
+        return Dataset.from_dict({"text": texts})
+
+    def arguments(self, folder: str, **settings):
+        """The run's settings; `settings` are the promise's."""
+        from hf_distill import DistillSFTConfig
+
+        return DistillSFTConfig(output_dir=folder, max_length=16, **settings)
+
+    def config(self, config_class: type) -> Any:
+        return config_class()
+
+    def peft_config(self):
+        from peft import LoraConfig
+
+        return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+# by a card's slug, or by its (entry, modality)
+SETUPS: dict[str | tuple[str, str], TinyText] = {("distill", "text"): TinyText()}
+
+
+def setup_of(card: MethodCard) -> TinyText:
+    """The tiny set-up a card is checked on.
+
+    Raises:
+        LookupError: there is none for its slug, entry and modality.
+    """
+    card.load()  # a plug-in's module may bring its own
+    setup = SETUPS.get(card.slug) or SETUPS.get((card.entry, card.modality))
+    if setup is None:
+        raise LookupError(
+            f"no set-up to check {card.slug!r} on (entry {card.entry!r}, modality {card.modality!r}): add one to "
+            f"hf_distill.testing.SETUPS under {card.slug!r} or {(card.entry, card.modality)}"
+        )
+    return setup
+
+
+def check_methods(cards: Iterable[MethodCard], *, promises: Iterable[str] | None = None) -> None:
+    """Take methods through the promises.
+
+    Args:
+        cards: ours or a plug-in's.
+        promises: names of PROMISES; None takes all.
+
+    Raises:
+        AssertionError: what was broken, by card and promise, after everything ran.
+        LookupError: a card that there is no set-up for.
+        ValueError: no cards, two of one slug, or an unknown promise.
+    """
+    cards, promises = list(cards), list(PROMISES if promises is None else promises)
+    if unknown := [name for name in promises if name not in PROMISES]:
+        raise ValueError(f"unknown promise {', '.join(unknown)}; choose of {', '.join(PROMISES)}")
+    if not cards or len({card.slug for card in cards}) < len(cards):
+        raise ValueError(f"cards must be at least one and have different slugs, got {[card.slug for card in cards]}")
+    if not hasattr(os, "fork"):
+        raise OSError("check_methods forks its runs, which this system cannot: use Linux or macOS")
+    for card in cards:
+        setup_of(card)
+    broken = []
+    for promise in promises:
+        with tempfile.TemporaryDirectory(prefix="hf_distill_") as folder:
+            broken += [f"{slug} / {promise}: {problem}" for slug, problem in _run(promise, cards, Path(folder))]
+    if broken:
+        raise AssertionError(f"{len(broken)} broken promises of methods:\n" + "\n".join(broken))
+
+
+def _run(promise: str, cards: list[MethodCard], folder: Path) -> list[tuple[str, str]]:
+    """(slug, problem) of one promise, from a process of its own."""
+    listed = [asdict(card) | {"module": card.load().__name__} for card in cards]
+    (folder / "cards.json").write_text(json.dumps(listed), encoding="utf-8")
+    command = [sys.executable, "-m", "hf_distill.testing", promise, str(folder / "cards.json"), str(folder)]
+    with open(folder / "output", "w+", encoding="utf-8") as output:
+        process = subprocess.run(command, env=_environment(), stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+        output.seek(0)
+        tail = output.read()[-3000:]
+    report = folder / "report.json"
+    problems = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    found = [(slug, problem) for slug, list_ in problems.items() for problem in list_]
+    missing = [card.slug for card in cards if card.slug not in problems]
+    return found + [(slug, f"not checked: the process ended with {process.returncode}\n{tail}") for slug in missing]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with its import path, and nothing that changes results or asks the network."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in launcher and not name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_"))
+    }
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
+    }
+
+
+if __name__ == "__main__":
+    from hf_distill.testing_worker import main
+
+    main(*sys.argv[1:])

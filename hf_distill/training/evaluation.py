@@ -1,0 +1,89 @@
+"""Evaluation that does not depend on batch size, ranks or padding: means over all rows or documents of the set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.curricula.collators import ADDED
+from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
+from hf_distill.signals import SparseLogits
+from hf_distill.teachers.base import PREFIX
+
+_OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
+
+
+class EvaluatesExactly:
+    """Trainer hooks of evaluation and prediction; every term, and what the signals tell for free, beside the loss."""
+
+    _eval_totals: dict[str, tuple] | None = None
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        if self.objective is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        batch = self._without_repeats(inputs, self.args.per_device_eval_batch_size)
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad():
+            loss, logits = self._redirect(model, unwrapped, self._evaluate_batch, unwrapped, batch)
+            if prediction_loss_only:
+                return loss, None, None
+            if logits is None or batch is not inputs:
+                plain = {k: v for k, v in inputs.items() if k != "labels" and k not in ADDED and not k.startswith(PREFIX)}
+                logits = model(**plain).logits
+        return loss, logits.detach(), inputs.get("labels")
+
+    def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
+        student, _, terms = self._signals(model, batch, observed=dict(_OBSERVED))
+        counts = self._counts(batch)
+        for name, term in terms.items():
+            total, count, _, _ = self._eval_totals.get(name, (0.0, 0, None, None))
+            value = term.value.double() if term.value.device.type != "mps" else term.value
+            n = counts[term.per]
+            self._eval_totals[name] = (total + value * n, count + n, term.weight, name in _OBSERVED)
+        loss = sum(term.value * term.weight for term in terms.values())
+        return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        if self.objective is None:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._eval_totals = {}
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._exact_metrics(metric_key_prefix))
+        return output
+
+    def _exact_metrics(self, prefix: str) -> dict[str, float]:
+        """Means over all rows or documents of the set, whatever its split into batches and ranks."""
+        names = sorted(self._eval_totals)
+        if not names:
+            return {}
+        packed = torch.stack(
+            [torch.stack([torch.as_tensor(self._eval_totals[n][i], device=self.args.device).double() for i in (0, 1)]) for n in names]
+        )
+        packed = self.accelerator.reduce(packed, "sum")
+        metrics, loss = {}, 0.0
+        for name, (total, count) in zip(names, packed.tolist(), strict=True):
+            _, _, weight, only_observed = self._eval_totals[name]
+            mean = total / max(count, 1)
+            if mean != mean or abs(mean) == float("inf"):
+                raise FloatingPointError(f"term {name!r} is NaN or infinite in evaluation at step {self.state.global_step}")
+            loss += 0.0 if only_observed else float(weight) * mean
+            metrics[f"{prefix}_{name}"] = mean
+        self._eval_totals = None
+        return metrics | {f"{prefix}_loss": loss}
+
+
+def observable(observed: dict, student, teacher) -> dict:
+    """What can be measured on these signals without disturbing the objective."""
+    if student.logits is None:
+        return {}
+    if teacher is None or teacher.logits is None:
+        observed = {"cross_entropy": observed["cross_entropy"]}
+    elif isinstance(teacher.logits, SparseLogits):
+        observed = {k: v for k, v in observed.items() if k != "agreement"}
+    labels = student.labels
+    if labels is None or labels.is_floating_point() or labels.dim() != 1:
+        observed = {k: v for k, v in observed.items() if k != "cross_entropy"}
+    return observed

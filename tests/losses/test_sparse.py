@@ -1,0 +1,195 @@
+import pytest
+import torch
+
+from hf_distill.losses import (
+    TVD,
+    AdaptiveKL,
+    Agreement,
+    AlphaBeta,
+    ForwardKL,
+    GeneralizedJSD,
+    HeadLogits,
+    Interpolated,
+    Jeffreys,
+    LabelCrossEntropy,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SoftCrossEntropy,
+    SparseLogits,
+    TeacherEntropy,
+    forward_kl,
+    generalized_jsd,
+    observe,
+    one_term,
+    run_terms,
+    topk_divergence,
+)
+
+# fmt: off
+FAMILY = [
+    ForwardKL(1.7), ReverseKL(0.8), Jeffreys(), GeneralizedJSD(0.3, 1.4), SkewForwardKL(), SkewReverseKL(), TVD(),
+    AdaptiveKL(), AlphaBeta(), AlphaBeta(0.5, 0), AlphaBeta(0, 0), SoftCrossEntropy(),
+]
+# fmt: on
+N, V = 5, 11
+
+
+def logits():
+    torch.manual_seed(0)
+    return torch.randn(N, V, dtype=torch.float64) * 2, torch.randn(N, V, dtype=torch.float64) * 2
+
+
+def sparse(teacher, k, tail="bucket", temperature=1.0):
+    top = (teacher / temperature).log_softmax(-1).topk(k)
+    return SparseLogits(top.indices, top.values, tail)
+
+
+def reduced(x, ids, temperature, tail):
+    """The definition, by autograd: log-probabilities over the full vocabulary, gathered, and the rest or a new sum."""
+    log_x = (x / temperature).log_softmax(-1).gather(-1, ids)
+    if tail == "renorm":
+        return log_x.log_softmax(-1)
+    return torch.cat([log_x, (1 - log_x.exp().sum(-1, keepdim=True)).log()], -1)
+
+
+@pytest.mark.parametrize("divergence", FAMILY, ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+def test_value_and_gradient_are_those_of_the_reduced_distributions(divergence, tail):
+    s, t = logits()
+    s.requires_grad_()
+    T = divergence.temperature
+    teacher = sparse(t, 4, tail, T)
+    value = one_term(s, teacher, divergence, reduction="none")
+    small = [reduced(x, teacher.ids, T, tail) * T for x in (s, t)]
+    expected = one_term(*small, divergence, reduction="none")
+    torch.testing.assert_close(value, expected)
+    weight = torch.arange(1.0, N + 1, dtype=torch.float64)
+    ours, right = (torch.autograd.grad((weight * x).sum(), s)[0] for x in (value, expected))
+    torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("divergence", [d for d in FAMILY if not isinstance(d, AdaptiveKL)], ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+def test_gradcheck_through_a_head(divergence, tail):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((N, 3), (V, 3)))
+    teacher = sparse(logits()[1], 3, tail)
+    assert torch.autograd.gradcheck(lambda h, w: one_term(HeadLogits(h, w), teacher, divergence), (hidden, weight))
+
+
+@pytest.mark.parametrize("divergence", [*FAMILY, Interpolated(torch.tensor(0.4))], ids=str)
+def test_the_whole_vocabulary_as_support_is_the_dense_divergence(divergence):
+    s, t = logits()
+    s.requires_grad_()
+    ours = one_term(s, sparse(t, V, temperature=divergence.temperature), divergence, reduction="none")
+    expected = one_term(s, t, divergence, reduction="none")
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), s)[0] for x in (ours, expected)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), GeneralizedJSD(), TVD(), AlphaBeta()], ids=str)
+def test_a_bucket_only_hides_differences_and_less_so_with_more_entries(divergence):
+    s, t = logits()
+    full = one_term(s, t, divergence, reduction="none")
+    last = torch.zeros(N, dtype=torch.float64)
+    for k in range(1, V):
+        value = one_term(s, sparse(t, k), divergence, reduction="none")
+        assert (value <= full + 1e-9).all() and (value >= last - 1e-9).all()
+        last = value
+
+
+def test_ignore_is_the_plain_sum_on_the_support_and_for_the_forward_kl_only():
+    s, t = logits()
+    s.requires_grad_()
+    teacher = sparse(t, 3, "ignore")
+    log_q = s.log_softmax(-1).gather(-1, teacher.ids)
+    expected = (teacher.log_probs.exp() * (teacher.log_probs - log_q)).sum(-1).mean()
+    value = forward_kl(s, teacher)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, s)[0], torch.autograd.grad(expected, s)[0])
+    with pytest.raises(ValueError, match="needs the tail"):
+        one_term(s, teacher, ReverseKL())
+    with pytest.raises(ValueError, match="needs the tail"):
+        topk_divergence(s, t, None, 3, tail="ignore", beta=0.5)
+
+
+def test_labels_see_the_full_row_beside_a_sparse_teacher():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((N, 3), (V, 3)))
+    teacher, labels = sparse(logits()[1], 3), torch.tensor([0, 10, 4, 9, 2])
+    terms = {"kl": (ForwardKL(), 0.3), "label": (LabelCrossEntropy(), 1.0)}
+    values = run_terms(HeadLogits(hidden, weight), teacher, terms, labels=labels, tile_rows=2)
+    z = hidden @ weight.T
+    small = [reduced(z, teacher.ids, 1.0, "bucket"), reduced(logits()[1], teacher.ids, 1.0, "bucket")]
+    expected = {"kl": forward_kl(*small), "label": torch.nn.functional.cross_entropy(z, labels)}
+    for name in terms:
+        torch.testing.assert_close(values[name], expected[name])
+    ours, right = (
+        torch.autograd.grad(sum(w * v[n] for n, (_, w) in terms.items()), (hidden, weight)) for v in (values, expected)
+    )
+    torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+@pytest.mark.parametrize("divergence", FAMILY, ids=str)
+def test_padding_slots_change_nothing_whatever_their_id(tail, divergence):
+    s, t = logits()
+    s.requires_grad_()
+    short = sparse(t, 3, tail)
+    outside = short.ids.new_tensor([[next(v for v in range(V) if v not in row)] for row in short.ids.tolist()])
+    ids = torch.cat([short.ids, short.ids[:, :1], outside, outside * 0 + 10**6], -1)
+    log_probs = torch.cat([short.log_probs, torch.full((N, 3), -torch.inf, dtype=torch.float64)], -1)
+    log_probs[:, -1] = -9.0  # an id beyond the student's vocabulary
+    ours, right = (one_term(s, x, divergence, reduction="none") for x in (SparseLogits(ids, log_probs, tail), short))
+    torch.testing.assert_close(ours, right)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), s)[0] for x in (ours, right)))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renorm", "ignore"])
+def test_a_row_of_padding_only_is_zero(tail):
+    s = logits()[0].float().requires_grad_()
+    teacher = SparseLogits(torch.zeros(N, 2, dtype=torch.long), torch.full((N, 2), -torch.inf), tail)
+    value = one_term(s, teacher, ForwardKL())
+    value.backward()
+    assert value.abs() < 1e-5 and s.grad.abs().max() < 1e-5
+
+
+def test_renorm_of_one_entry_warns_that_it_is_always_zero():
+    s, t = logits()
+    s.requires_grad_()
+    with pytest.warns(UserWarning, match="k=1"):
+        value = topk_divergence(s, t, None, 1, tail="renorm")
+    assert value == 0 and (torch.autograd.grad(value, s)[0] == 0).all()
+
+
+def test_topk_divergence_against_its_definition():
+    s, t = logits()
+    s, t, mask = s[:4].reshape(2, 2, V), t[:4].reshape(2, 2, V), torch.tensor([[True, False], [True, True]])
+    for support, side in (("teacher", t), ("student", s)):
+        for tail in ("bucket", "renorm"):
+            for beta in (0.0, 0.4, 1.0):
+                small = [reduced(x, side.topk(3).indices, 1.0, tail) for x in (s, t)]
+                expected = generalized_jsd(*small, mask=mask, beta=beta)
+                torch.testing.assert_close(topk_divergence(s, t, mask, 3, support, tail, beta), expected)
+    torch.testing.assert_close(topk_divergence(s, t, mask, V), forward_kl(s, t, mask=mask), rtol=1e-5, atol=1e-6)
+    for wrong in (dict(k=0), dict(k=V + 1), dict(k=2, support="both"), dict(k=2, tail="none")):
+        with pytest.raises(ValueError, match="must"):
+            topk_divergence(s, t, mask, **wrong)
+
+
+def test_metrics_of_a_sparse_teacher():
+    s, t = logits()
+    seen = observe(s, sparse(t, 3), {"agreement": Agreement(), "entropy": TeacherEntropy()})
+    torch.testing.assert_close(seen["agreement"], (s.argmax(-1) == t.argmax(-1)).double())
+    p = reduced(t, sparse(t, 3).ids, 1.0, "bucket")
+    torch.testing.assert_close(seen["entropy"], -(p.exp() * p).sum(-1))
+
+
+def test_confident_models_stay_finite_in_float32():
+    s = torch.tensor([[1e4, 0.0, -1e4, 0.0], [0.0, 100.0, 0.0, 0.0]], requires_grad=True)
+    t = torch.tensor([[0.0, 1e4, 0.0, 0.0], [0.0, 100.0, 0.0, 0.0]])
+    for divergence in FAMILY:
+        value = one_term(s, sparse(t, 2), divergence, reduction="none")
+        gradient = torch.autograd.grad(value.sum(), s)[0]
+        assert value.isfinite().all() and gradient.isfinite().all(), divergence
