@@ -9,28 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import statistics
-import time
-from dataclasses import dataclass, field
 
-import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from hf_distill.comparison import MEASURES, Comparison, Run, mean_seconds, token_blocks
 from hf_distill.embedded.corpus import stdlib_documents
-from hf_distill.losses import LabelCrossEntropy, observe
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
 from hf_distill.objectives import NextToken
 from hf_distill.recipe import EMBEDDED, small_student
 from hf_distill.teachers import FrozenTeacher
-from hf_distill.training.config import DistillSFTConfig
-from hf_distill.training.trainers import DistillSFTTrainer
+from hf_distill.training.callbacks import SampleCompletionsCallback
 
-BLOCK, BATCH = 128, 16
+BLOCK = 128
 LEARNING_RATES = (2e-3, 5e-3, 1e-2)
 SEEDS = (0, 1)
 BUDGET_SECONDS = 230
@@ -44,148 +40,52 @@ OBJECTIVES = {
 PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error(Exception):\n")
 
 
-@dataclass
-class Run:
-    """One training and what its student does on held-out modules."""
+def comparison(output_dir: str) -> Comparison:
+    """The demo's models and data."""
+    teacher = FrozenTeacher.from_pretrained(str(EMBEDDED / "teacher"))
 
-    row: str
-    learning_rate: float
-    seed: int
-    steps: int
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    validation: float = 0.0
-    test: dict = field(default_factory=dict)
-    trainer: DistillSFTTrainer | None = None
+    def blocks(split: str, max_characters: int | None = None):
+        return token_blocks(teacher.tokenizer, [d["text"] for d in stdlib_documents(split, max_characters)], BLOCK)
 
-    @property
-    def student(self):
-        return self.trainer.model
-
-
-class Bar(TrainerCallback):
-    """Moves one bar over all runs."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
+    return Comparison(
+        teacher=teacher,
+        objectives=OBJECTIVES,
+        make_student=lambda seed: small_student(teacher.config, seed),
+        train=blocks("train"),
+        validation=blocks("validation", 60_000),
+        test=blocks("test", 120_000),
+        learning_rates=LEARNING_RATES,
+        seeds=SEEDS,
+        output_dir=output_dir,
+    )
 
 
-class Demo:
-    """The runs of the table."""
+def steps_for(seconds: float, study: Comparison) -> tuple[int, float]:
+    """How many steps fit the time, and how many times longer a step with a teacher takes than one without."""
+    times: dict[str, float] = {}
+    for row in (ALONE, KL, KL, ALONE):
+        times[row] = min(times.get(row, math.inf), study.run(row, 1e-3, 0, 8).seconds / 8)
+    ratio = max(times[KL] / times[ALONE], 1.0)
+    steps = seconds / (study.runs_per_row * (times[ALONE] * (1 + ratio) + 2 * times[KL]))
+    return int(min(max(steps, 40), 400)), ratio
 
-    def __init__(self, output_dir: str, seconds: float):
-        self.output_dir, self.seconds = output_dir, seconds
-        self.teacher = FrozenTeacher.from_pretrained(str(EMBEDDED / "teacher"))
-        self.tokenizer = self.teacher.tokenizer
-        self.train = self.blocks("train")
-        self.validation = self.blocks("validation", 60_000)
-        self.test = self.blocks("test", 120_000)
-        self.bar: tqdm | None = None
 
-    def blocks(self, split: str, max_characters: int | None = None) -> Dataset:
-        """A split as rows of BLOCK tokens; documents follow each other, separated by the end token."""
-        texts = [d["text"] for d in stdlib_documents(split, max_characters)]
-        tokens = [i for ids in self.tokenizer(texts)["input_ids"] for i in (*ids, self.tokenizer.eos_token_id)]
-        rows = [tokens[a : a + BLOCK] for a in range(0, len(tokens) - BLOCK + 1, BLOCK)]
-        return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-    def trainer(self, row: str, learning_rate: float, seed: int, steps: int) -> DistillSFTTrainer:
-        args = DistillSFTConfig(
-            output_dir=os.path.join(self.output_dir, "student"),
-            max_steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=64,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.1,
-            gradient_checkpointing=False,
-            max_length=BLOCK,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = DistillSFTTrainer(
-            small_student(self.teacher.config, seed),
-            teacher=self.teacher,
-            objective=OBJECTIVES[row](),
-            args=args,
-            train_dataset=self.train,
-            eval_dataset=self.validation,
-            processing_class=self.tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def run(self, row: str, learning_rate: float, seed: int, steps: int) -> Run:
-        if self.bar is not None:
-            self.bar.set_description(f"{row}, learning rate {learning_rate:g}, seed {seed}")
-        trainer = self.trainer(row, learning_rate, seed, steps)
-        if self.bar is not None:
-            trainer.add_callback(Bar(self.bar))
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-        run = Run(row, learning_rate, seed, steps, seconds, steps * BATCH * BLOCK / seconds)
-        run.validation = trainer.evaluate(metric_key_prefix="eval")["eval_cross_entropy"]
-        run.test = self.held_out(trainer, row)
-        run.trainer = trainer
-        return run
-
-    def held_out(self, trainer: DistillSFTTrainer, row: str) -> dict[str, float]:
-        values = trainer.evaluate(self.test, metric_key_prefix="test")
-        return {key: values[f"test_{key}"] for key in ("cross_entropy", "teacher_kl", "agreement")}
-
-    def steps_for_budget(self) -> tuple[int, float]:
-        """How many steps fit the time, and how many times longer a step with a teacher takes than one without."""
-        times = {}
-        for row in (ALONE, KL, KL, ALONE):
-            times[row] = min(times.get(row, 1e9), self.run(row, 1e-3, 0, 8).seconds / 8)
-        ratio = max(times[KL] / times[ALONE], 1.0)
-        runs = len(LEARNING_RATES) + len(SEEDS) - 1
-        steps = self.seconds / (runs * (times[ALONE] * (1 + ratio) + 2 * times[KL]))
-        return int(min(max(steps, 40), 400)), ratio
-
-    def all_rows(self) -> dict[str, list[Run]]:
-        """Per row: one run per seed, at the learning rate that was best on validation."""
-        print("Measuring this machine's speed ...", flush=True)
-        steps, ratio = self.steps_for_budget()
-        plan = {row: steps for row in (ALONE, KL, TAID_ROW)} | {ALONE_TIME: round(steps * ratio)}
-        total = sum(plan.values()) * (len(LEARNING_RATES) + len(SEEDS) - 1)
-        print(
-            f"{steps} steps of {BATCH * BLOCK} tokens a run; a step with the teacher takes {ratio:.1f} times as long."
-        )
-        kept: dict[str, list[Run]] = {}
-        with tqdm(total=total, unit="step", dynamic_ncols=True) as self.bar:
-            for row in (ALONE, KL, TAID_ROW, ALONE_TIME):
-                if row == ALONE_TIME:  # by the time that was really spent
-                    plan[row] = round(steps * self._mean_seconds(kept[KL]) / self._mean_seconds(kept[ALONE]))
-                first = [self.run(row, rate, SEEDS[0], plan[row]) for rate in LEARNING_RATES]
-                best = min(first, key=lambda run: run.validation)
-                others = [self.run(row, best.learning_rate, seed, plan[row]) for seed in SEEDS[1:]]
-                kept[row] = [best, *others]
-        return {row: kept[row] for row in OBJECTIVES}
-
-    @staticmethod
-    def _mean_seconds(runs: list[Run]) -> float:
-        return statistics.mean(run.seconds for run in runs)
-
-    @torch.no_grad()
-    def teacher_cross_entropy(self) -> float:
-        """Of the teacher itself on the test modules, nats per token."""
-        total = count = 0.0
-        for start in range(0, len(self.test), 64):
-            ids = torch.tensor(self.test[start : start + 64]["input_ids"])
-            logits = self.teacher.model(ids).logits[:, :-1]
-            total += observe(logits, None, {"ce": LabelCrossEntropy()}, labels=ids[:, 1:])["ce"].sum().item()
-            count += ids[:, 1:].numel()
-        return total / count
+def all_rows(study: Comparison, seconds: float) -> dict[str, list[Run]]:
+    """Per row one run per seed, at the row's best learning rate."""
+    print("Measuring this machine's speed ...", flush=True)
+    steps, ratio = steps_for(seconds, study)
+    print(
+        f"{steps} steps of {study.batch * BLOCK} tokens a run; a step with the teacher takes {ratio:.1f} times as long."
+    )
+    total = round(steps * (3 + ratio)) * study.runs_per_row
+    rows: dict[str, list[Run]] = {}
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as study.bar:
+        for row in (ALONE, KL, TAID_ROW):
+            rows[row] = study.row(row, steps)
+        longer = round(steps * mean_seconds(rows[KL]) / mean_seconds(rows[ALONE]))  # by the time really spent
+        study.bar.total = (3 * steps + longer) * study.runs_per_row
+        rows[ALONE_TIME] = study.row(ALONE_TIME, max(longer, steps))
+    return {row: rows[row] for row in OBJECTIVES}
 
 
 def table(rows: dict[str, list[Run]], teacher_ce: float, teacher_parameters: int) -> str:
@@ -205,7 +105,7 @@ def table(rows: dict[str, list[Run]], teacher_ce: float, teacher_parameters: int
     ]
     for row, runs in rows.items():
         cells = []
-        for key in ("cross_entropy", "teacher_kl", "agreement"):
+        for key in MEASURES:
             values = [run.test[key] for run in runs]
             cells.append(f"{statistics.mean(values):9.4f} ±{(max(values) - min(values)) / 2:7.4f}")
         speed = statistics.mean(run.tokens_per_second for run in runs)
@@ -235,13 +135,11 @@ def verdicts(rows: dict[str, list[Run]]) -> list[str]:
     return lines
 
 
-def completions(rows: dict[str, list[Run]], demo: Demo) -> str:
+def completions(rows: dict[str, list[Run]], study: Comparison) -> str:
     """What the teacher and the students write, side by side."""
-    from hf_distill.training.callbacks import SampleCompletionsCallback
-
     sampler = SampleCompletionsCallback(list(PROMPTS), max_new_tokens=32)
-    models = {"teacher": demo.teacher.model} | {row: rows[row][-1].student for row in (ALONE, KL, TAID_ROW)}
-    texts = {name: sampler.complete(model, demo.tokenizer) for name, model in models.items()}
+    models = {"teacher": study.teacher.model} | {row: rows[row][-1].student for row in (ALONE, KL, TAID_ROW)}
+    texts = {name: sampler.complete(model, study.teacher.tokenizer) for name, model in models.items()}
     lines = []
     for i, prompt in enumerate(PROMPTS):
         lines.append(f"prompt {prompt!r}")
@@ -261,7 +159,7 @@ def picture(rows: dict[str, list[Run]], teacher_ce: float, path: str) -> None:
         "cross_entropy": "cross-entropy (nats), lower is better",
         "teacher_kl": "KL(teacher || student), lower is better",
     }
-    for axis, key in zip(axes, ("cross_entropy", "teacher_kl", "agreement"), strict=True):
+    for axis, key in zip(axes, MEASURES, strict=True):
         values = {row: [run.test[key] for run in runs] for row, runs in rows.items()}
         means = [statistics.mean(v) for v in values.values()]
         axis.bar(range(len(values)), means, color=["#9aa5b1", "#c3cad2", "#2f6fb0", "#1b9e77"])
@@ -288,16 +186,15 @@ def main() -> None:
     quiet()
     os.makedirs(options.output_dir, exist_ok=True)
     print("hf_distill demo: a small language model of Python source learns from a larger one. Everything is local.")
-    demo = Demo(options.output_dir, options.seconds)
-    teacher_ce, teacher_parameters = demo.teacher_cross_entropy(), demo.teacher.model.num_parameters()
-    rows = demo.all_rows()
-    print(table(rows, teacher_ce, teacher_parameters), end="\n\n")
+    study = comparison(options.output_dir)
+    teacher_ce = study.teacher_cross_entropy()
+    rows = all_rows(study, options.seconds)
+    print(table(rows, teacher_ce, study.teacher.model.num_parameters()), end="\n\n")
     print("\n".join(verdicts(rows)), end="\n\n")
-    alone = statistics.mean(run.test["cross_entropy"] for run in rows[ALONE])
-    ratio = 2.718281828459045 ** (teacher_ce - alone)
+    ratio = math.exp(teacher_ce - statistics.mean(run.test["cross_entropy"] for run in rows[ALONE]))
     print(f"The teacher's perplexity is {ratio:.2f} times the student alone's.", end="\n\n")
-    print(completions(rows, demo), end="\n\n")
-    save(rows, demo, teacher_ce, ratio)
+    print(completions(rows, study), end="\n\n")
+    save(rows, options.output_dir, teacher_ce, ratio)
     print(f"In {options.output_dir}: student/ (a folder for from_pretrained, with its card), demo.png, results.json")
 
 
@@ -309,20 +206,19 @@ def quiet() -> None:
     logging.getLogger("hf_distill").setLevel(logging.ERROR)
 
 
-def save(rows: dict[str, list[Run]], demo: Demo, teacher_ce: float, ratio: float) -> None:
+def save(rows: dict[str, list[Run]], output_dir: str, teacher_ce: float, ratio: float) -> None:
+    """The better distilled student with its card, the picture and all figures."""
     best = min((KL, TAID_ROW), key=lambda row: statistics.mean(run.validation for run in rows[row]))
     trainer = rows[best][-1].trainer
     trainer.save_model()
     trainer.create_model_card(model_name="demo student", dataset_name="the Python standard library's sources")
-    picture(rows, teacher_ce, os.path.join(demo.output_dir, "demo.png"))
+    picture(rows, teacher_ce, os.path.join(output_dir, "demo.png"))
     results = {
         "teacher_cross_entropy": teacher_ce,
         "perplexity_ratio": ratio,
-        "rows": {
-            row: [{k: v for k, v in vars(run).items() if k != "trainer"} for run in runs] for row, runs in rows.items()
-        },
+        "rows": {row: [run.record() for run in runs] for row, runs in rows.items()},
     }
-    with open(os.path.join(demo.output_dir, "results.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
 
 

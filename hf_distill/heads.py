@@ -52,22 +52,15 @@ def labels_are_shifted(model: nn.Module) -> bool:
 
 
 def runs_dense(model: nn.Module) -> bool:
-    """Whether the model has no plain head on a backbone, so that its own logits are used."""
+    """Whether the model has no head, or more than one projection, so that its own logits are used."""
     base = base_model_of(model)
-    return (
-        base.get_output_embeddings() is None
-        or getattr(base, "base_model", base) is base
-        or any(family in type(base).__name__ for family in DENSE_FAMILIES)
-    )
+    listed = any(family in type(base).__name__ for family in DENSE_FAMILIES)
+    return base.get_output_embeddings() is None or listed
 
 
 def logit_scale_of(model: nn.Module) -> float:
-    """What multiplies head(hidden) in this family (Cohere, Falcon-H1, Granite, MiniCPM, T5 with a tied head...)."""
+    """What multiplies head(hidden) in this family (Cohere, Falcon-H1, Granite, MiniCPM...)."""
     config = model.config.get_text_config()
-    if getattr(model.config, "model_type", "") in ("t5", "mt5", "umt5", "switch_transformers"):
-        scaled = getattr(config, "scale_decoder_outputs", None)
-        scaled = config.tie_word_embeddings if scaled is None else scaled
-        return config.d_model**-0.5 if scaled else 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -141,10 +134,9 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
     options = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
     by_head = "logits" in needs and not dense and not runs_dense(base)
     if by_head or ("logits" not in needs and getattr(base, "base_model", base) is not base):
-        out = base.base_model(**inputs, **options)
+        out, hidden = _run_backbone(base, inputs | options)
         logits = None
         if by_head:
-            hidden = out.last_hidden_state
             logits = head_logits(base, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index))
     else:
         out = base(**inputs, **options)
@@ -162,6 +154,23 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
     )
 
 
+def _run_backbone(model: nn.Module, inputs: dict) -> tuple:
+    """The backbone's output, and what it gives the head. T5 has no backbone of its own: it runs with its head left out."""
+    if model.base_model is not model:
+        out = model.base_model(**inputs)
+        return out, out.last_hidden_state
+    head = model.get_output_embeddings()
+    own = head.__dict__.get("forward")
+    head.forward = lambda hidden: hidden
+    try:
+        out = model(**inputs)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+    return out, out.logits
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, what: str) -> None:
     """Compare HeadLogits of a few rows with the model's own logits.
@@ -175,7 +184,9 @@ def check_head(model: nn.Module, what: str) -> None:
     base = base_model_of(model)
     if runs_dense(base):
         if base.get_output_embeddings() is not None:
-            logger.warning("%s %s runs with dense logits: its head is more than one projection", what, type(base).__name__)
+            logger.warning(
+                "%s %s runs with dense logits: its head is more than one projection", what, type(base).__name__
+            )
         return
     parameter = base.get_input_embeddings().weight
     if parameter.is_meta and not hasattr(base, "hf_device_map") and not hasattr(base, "_hf_hook"):
@@ -206,8 +217,9 @@ def check_head(model: nn.Module, what: str) -> None:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    hook = getattr(model, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    return model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.is_meta:
+        return embeddings.weight.device
+    hooks = (getattr(module, "_hf_hook", None) for module in (embeddings, model))  # offloaded by accelerate
+    device = next((d for d in (getattr(hook, "execution_device", None) for hook in hooks) if d is not None), "cpu")
+    return torch.device(f"cuda:{device}" if isinstance(device, int) else device)

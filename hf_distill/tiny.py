@@ -47,6 +47,8 @@ def tiny_arguments(args, model) -> None:
     if not torch.accelerator.is_available():
         changed |= {"bf16": False, "fp16": False}
         model.attn_implementation = None
+        if str(args.optim).startswith(("paged", "adamw_8bit", "adamw_bnb")):
+            changed["optim"] = "adamw_torch"
     for name, value in changed.items():
         setattr(args, name, value)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from hf_distill.heads import base_model_of, check_head, collect, rows_of, runs_dense
-from hf_distill.signals import Signals
+from hf_distill.signals import HeadLogits, Signals
 from hf_distill.teachers.base import Teacher, teacher_batch
 from hf_distill.training import compat
 
@@ -42,6 +43,7 @@ class FrozenTeacher(Teacher):
         if getattr(model, "is_quantized", False):  # int8 warns once per layer and call otherwise
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         self.wrapped: nn.Module = model
+        self.sharded = False
         self._redirect = compat.ForwardRedirection()
 
     @classmethod
@@ -112,6 +114,7 @@ class FrozenTeacher(Teacher):
     def prepare(self, accelerator) -> None:
         quantised = getattr(self.model, "is_quantized", False)
         placed = quantised or getattr(self.model, "hf_device_map", None) or hasattr(self.model, "_hf_hook")
+        self.sharded = compat.is_sharded(accelerator) and not placed
         self.wrapped = compat.prepare_frozen(self.model, accelerator, placed=bool(placed))
 
     @torch.no_grad()
@@ -125,7 +128,12 @@ class FrozenTeacher(Teacher):
 
     def _collect(self, own: dict, needs: frozenset[str]) -> Signals:
         own = self._cast(own)
-        return collect(self.model, own, needs, rows_of(own), dense=self.dense_logits or runs_dense(self.model))
+        signals = collect(self.model, own, needs, rows_of(own), dense=self.dense_logits or runs_dense(self.model))
+        if self.sharded and isinstance(signals.logits, HeadLogits):  # the gathered head is freed when this forward ends
+            bias = None if signals.logits.bias is None else signals.logits.bias.clone()
+            head = replace(signals.logits, weight=signals.logits.weight.clone(), bias=bias)
+            signals = replace(signals, logits=head)
+        return signals
 
     def _cast(self, batch: dict) -> dict:
         """Float inputs (pixels, features) in the teacher's dtype."""

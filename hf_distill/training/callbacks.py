@@ -27,7 +27,9 @@ class DistillCallback(TrainerCallback):
     def on_teacher_forward(self, args, state, control, *, teacher: Signals, batch: dict, **kwargs) -> None:
         """After each teacher forward (training and evaluation)."""
 
-    def on_distill_loss(self, args, state, control, *, student: Signals, teacher: Signals | None, terms, **kwargs) -> None:
+    def on_distill_loss(
+        self, args, state, control, *, student: Signals, teacher: Signals | None, terms, **kwargs
+    ) -> None:
         """After the terms of a training micro-batch; `terms` is {name: Term(value, weight, per)}."""
 
     def on_distill_step(self, args, state, control, *, terms: dict, objective, **kwargs) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import BatchSampler
 
@@ -100,10 +101,28 @@ def prepare_frozen(model: nn.Module, accelerator, *, placed: bool) -> nn.Module:
     if accelerator.distributed_type == "DEEPSPEED":
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == "FSDP" and not placed:
+        _shard_layers(model, accelerator)
         return prepare_fsdp(model, accelerator)
     if not placed:
         model.to(accelerator.device)
     return model.eval()
+
+
+def _shard_layers(model: nn.Module, accelerator) -> None:
+    """FSDP2, layer by layer: TRL's `prepare_fsdp` alone gathers the whole model at once."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or isinstance(model, FSDPModule):
+        return
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+    }
+    layers = getattr(model, "_no_split_modules", None) or ()
+    for module in [m for m in model.modules() if type(m).__name__ in layers]:
+        fully_shard(module, **options)
 
 
 def is_sharded(accelerator) -> bool:
@@ -111,8 +130,8 @@ def is_sharded(accelerator) -> bool:
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
-def ragged_end(accelerator) -> int | None:
-    """How many samples of this (last) batch over all ranks are real; None when nothing was repeated to even out ranks."""
+def real_samples(accelerator) -> int | None:
+    """How many samples of this rank's batch are not repeats that even out the ranks; None when none can be (not the last)."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader:
         return None
@@ -122,7 +141,9 @@ def ragged_end(accelerator) -> int | None:
         sampler = sampler.batch_sampler
     if not isinstance(sampler, BatchSamplerShard) or sampler.drop_last:
         return None
-    return len(sampler.batch_sampler.sampler) % (sampler.batch_size * sampler.num_processes) or None
+    size = sampler.batch_size
+    real = len(sampler.batch_sampler.sampler) % (size * sampler.num_processes)
+    return min(max(real - sampler.process_index * size, 0), size) if real else None
 
 
 def check_dataloading(accelerator) -> None:

@@ -16,13 +16,13 @@ class DistillArguments:
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the teacher. May also be passed to the trainer as `teacher`."}
+        default=None,
+        metadata={"help": "Hub id or folder of the teacher. May also be passed to the trainer as `teacher`."},
     )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
-    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "JSON of keyword arguments for loading the teacher (device_map, max_memory...)."}
+        default=None,
+        metadata={"help": "JSON of keyword arguments for loading the teacher (device_map, max_memory...)."},
     )
     teacher_dtype: str | None = field(
         default=None,
@@ -31,7 +31,9 @@ class DistillArguments:
         },
     )
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit (bitsandbytes)."})
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bit nf4 (bitsandbytes)."})
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the teacher in 4 bit nf4 (bitsandbytes)."}
+    )
     teacher_adapter_off: bool = field(
         default=False, metadata={"help": "The teacher is the PEFT student's own base, its adapter switched off."}
     )
@@ -51,14 +53,18 @@ class DistillArguments:
     )
     dense_logits: bool = field(
         default=False,
-        metadata={"help": "Use the models' own full logits instead of backbone and head (more memory; for unusual heads)."},
+        metadata={
+            "help": "Use the models' own full logits instead of backbone and head (more memory; for unusual heads)."
+        },
     )
     objective_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the objective's own parameters. Default: the student's."}
     )
     tile_megabytes: int | None = field(
         default=None,
-        metadata={"help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU."},
+        metadata={
+            "help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU."
+        },
     )
 
     def __post_init__(self):
@@ -73,7 +79,10 @@ class DistillArguments:
         # torch.compile of the whole model would compile a forward that distillation never calls: the backbone is compiled
         self.compile_options = None
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
+            self.compile_options = {
+                "backend": self.torch_compile_backend or "inductor",
+                "mode": self.torch_compile_mode,
+            }
             self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's default; several times slower than float32 on a CPU

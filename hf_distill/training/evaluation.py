@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +17,19 @@ from hf_distill.teachers.base import PREFIX
 _OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
 
 
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device):
+    """Training draws the same numbers after an evaluation as without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    accelerator = device.type if device.type not in ("cpu", "mps") else None
+    try:
+        with torch.random.fork_rng(devices=[device] if accelerator else [], device_type=accelerator or "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 class EvaluatesExactly:
     """Trainer hooks of evaluation and prediction; every term, and what the signals tell for free, beside the loss."""
 
@@ -22,7 +39,7 @@ class EvaluatesExactly:
         if self.objective is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        batch = self._without_repeats(inputs, self.args.per_device_eval_batch_size)
+        batch = self._without_repeats(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad():
             loss, logits = self._redirect(model, unwrapped, self._evaluate_batch, unwrapped, batch)
@@ -50,7 +67,10 @@ class EvaluatesExactly:
         self._eval_totals = {}
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with _random_state_kept(self.args.device):  # a data loader draws a seed whenever it is iterated
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         output.metrics.update(self._exact_metrics(metric_key_prefix))
         return output
 

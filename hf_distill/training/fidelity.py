@@ -43,10 +43,12 @@ def teacher_fidelity(teacher: FrozenTeacher, batches: Iterable[dict], accelerato
 
 
 def measure_teacher(trainer) -> dict[str, float]:
-    """`teacher_fidelity` on the first `args.measure_teacher_fidelity` batches of a trainer's data; draws nothing."""
+    """`teacher_fidelity` on the examples of the first `args.measure_teacher_fidelity` batches of a trainer's data."""
     args, dataset = trainer.args, trainer.train_dataset
-    count = args.measure_teacher_fidelity * args.per_device_eval_batch_size * trainer.accelerator.num_processes
-    first = dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
+    count = args.measure_teacher_fidelity * args.per_device_train_batch_size * trainer.accelerator.num_processes
+    first = (
+        dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
+    )
     with _untouched_random_state():
         batches = (trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader(first))
         return teacher_fidelity(trainer.teacher, batches, trainer.accelerator)

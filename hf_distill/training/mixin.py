@@ -40,7 +40,8 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         check_launcher(self.accelerator, self.args)
         if str(getattr(self.accelerator.state.dynamo_plugin, "backend", "NO")).split(".")[-1] != "NO":
             raise ValueError("the launcher's dynamo backend compiles the whole model; use --torch_compile instead")
-        self._check_streams()
+        if objective is not None:
+            self._check_settings()
         self.teacher, self._shift = teacher, labels_are_shifted(self.model)
         self._redirect = compat.ForwardRedirection()
         self._window: dict[str, Tensor] = {}
@@ -114,8 +115,15 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         if not has_row_labels(self.model) and "logits" in objective.needs and None not in (ours, theirs) and ours != theirs:
             raise ValueError(f"the student has {ours} classes and the teacher {theirs}: give both the same num_labels")
 
-    def _check_streams(self) -> None:
-        """Ways of feeding several ranks whose repeated or uneven rows cannot be told apart are refused by name."""
+    def _check_settings(self) -> None:
+        """What would be ignored, or fed to ranks so that repeated or uneven rows cannot be told apart, is refused by name."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs: start one process each with accelerate launch, or show it one "
+                "(CUDA_VISIBLE_DEVICES=0); torch.nn.DataParallel is not supported"
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor does not apply, the objective is the loss: set it to 0")
         if self.accelerator.num_processes == 1:
             return
         compat.check_dataloading(self.accelerator)
@@ -232,7 +240,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         batches = []
         for _ in range(num_batches):
             try:
-                batches.append(self._without_repeats(next(epoch_iterator), self.args.per_device_train_batch_size))
+                batches.append(self._without_repeats(next(epoch_iterator)))
             except StopIteration:
                 break
         self._count_window(batches, device)
@@ -248,12 +256,11 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._tokens = self._tokens + totals[-1] // self.get_tp_size()
         self._window = dict(zip(units, totals[:-1].clamp(min=1).float().unbind(), strict=True))
 
-    def _without_repeats(self, batch: dict, per_device: int) -> dict:
+    def _without_repeats(self, batch: dict) -> dict:
         """The batch without the examples that were repeated to give every rank as many (last batch only)."""
-        real = compat.ragged_end(self.accelerator)
-        if real is None:
+        keep = compat.real_samples(self.accelerator)
+        if keep is None:
             return batch
-        keep = min(max(real - self.accelerator.process_index * per_device, 0), per_device)
         if "loss_rows" in batch:
             kept = batch["document_example"] < keep  # documents stand in the order of their examples
             rows = kept[batch["row_document"]]

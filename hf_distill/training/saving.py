@@ -25,7 +25,14 @@ logger = logging.getLogger(__name__)
 KEY = "distill_objective"
 FILE = KEY + ".safetensors"
 TRAINER_STATE = "trainer_state.json"
-DISK_SIGNS = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "inline_container")
+DISK_SIGNS = (
+    "No space left",
+    "File too large",
+    "Disk quota exceeded",
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream",
+)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -37,7 +44,11 @@ def complete_checkpoints(output_dir: str) -> tuple[list[str], list[str]]:
     """Checkpoint folders, newest first: (complete, half-written). `trainer_state.json` is what a save writes last."""
     complete, partial = [], []
     if os.path.isdir(output_dir):
-        names = [n for n in os.listdir(output_dir) if n.startswith(PREFIX_CHECKPOINT_DIR + "-") and n.split("-")[-1].isdigit()]
+        names = [
+            n
+            for n in os.listdir(output_dir)
+            if n.startswith(PREFIX_CHECKPOINT_DIR + "-") and n.split("-")[-1].isdigit()
+        ]
         for name in sorted(names, key=lambda n: -int(n.split("-")[-1])):
             folder = os.path.join(output_dir, name)
             (complete if _is_complete(folder) else partial).append(folder)
@@ -92,7 +103,7 @@ class SavesObjective:
                 module.__dict__.pop("_original_forward", None)
         if hasattr(base, "disable_input_require_grads"):
             base.disable_input_require_grads()
-        if getattr(base, "is_gradient_checkpointing", False):
+        if getattr(base, "is_activation_checkpointing", False):
             base.activation_checkpointing_disable()
         if self._frozen_head is not None:
             self._frozen_head.requires_grad_(True)
@@ -142,6 +153,9 @@ class SavesObjective:
                     os.remove(os.path.join(output_dir, name))
         with self._clean_student(), self._merged_student(), _named_disk_errors(output_dir):
             super()._save(output_dir, state_dict=state_dict)
+            generation = getattr(base_model_of(self.model), "generation_config", None)
+            if self.args.should_save and generation is not None:  # PEFT leaves it out
+                generation.save_pretrained(output_dir)
             if self._in_checkpoint and self.args.should_save and self.objective is not None:
                 save_file(self._resume_tensors(own), os.path.join(output_dir, FILE))
 

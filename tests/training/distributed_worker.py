@@ -52,6 +52,15 @@ CASES = {
     "fsdp2_checkpointing": Case(per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2),
     "fsdp2_lora": Case(part="lora", per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),
     "fsdp2_head": Case(part="head", per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),
+    "adapter_off": Case(part="lora", adapter_off=True, rows=7, per_device=4, eval_size=4, settings=NO_CHECKPOINTING),
+    "fsdp2_adapter_off": Case(
+        part="lora",
+        adapter_off=True,
+        per_device=4,
+        eval_size=4,
+        strategy="fsdp2",
+        settings=FSDP2 | NO_CHECKPOINTING,
+    ),
     "fsdp2_tied": Case(part="tied", per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),
 }
 

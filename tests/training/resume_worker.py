@@ -1,6 +1,6 @@
 """Runs that are killed and restarted, each in a process of its own, forked before anything has trained.
 
-    resume_worker.py FOLDER      one process, or one rank of those that torchrun has started
+resume_worker.py FOLDER      one process, or one rank of those that torchrun has started
 """
 
 import json
@@ -67,7 +67,9 @@ def train(folder: Path, name: str, *, kill: int | None = None, resume: bool = Fa
         teacher=FrozenTeacher(tiny_llama(32, 3, seed=1), tokenizer),
         objective=Paced() + 0.3 * FeatureKD(),
         args=args,
-        train_dataset=text_dataset(23 * int(os.environ.get("WORLD_SIZE", 1))),  # six steps an epoch, the last one ragged
+        train_dataset=text_dataset(
+            23 * int(os.environ.get("WORLD_SIZE", 1))
+        ),  # six steps an epoch, the last one ragged
         processing_class=tokenizer,
         callbacks=callbacks,
         peft_config=LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if lora else None,

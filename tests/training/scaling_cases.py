@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_distill import DistillSFTTrainer, DistillTrainer, FeatureKD, FrozenTeacher, LogitKD
+from hf_distill import AdapterOffTeacher, DistillSFTTrainer, DistillTrainer, FeatureKD, FrozenTeacher, LogitKD
 from hf_distill.training.saving import KEY
 
 STEPS = 2
@@ -44,6 +44,7 @@ class Case:
     per_device: int = 8
     accumulation: int = 1
     packing: bool = False
+    adapter_off: bool = False
     eval_size: int = 8
     strategy: str = "ddp"
     settings: dict = field(default_factory=dict)
@@ -72,6 +73,8 @@ def models(case: Case) -> tuple[nn.Module, nn.Module]:
     """Student and teacher, the same weights each time."""
     if case.kind == "llama":
         student, teacher = tiny_llama(16, 2, seed=1), tiny_llama(32, 3, seed=2)
+        if case.adapter_off:
+            teacher = tiny_llama(16, 2, seed=1)
         lora = dict(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
         torch.manual_seed(5)
         if case.part == "lora":
@@ -200,7 +203,9 @@ def dense_terms(case: Case, student: nn.Module, teacher: nn.Module, objective: n
 
 
 def objective_of(case: Case):
-    return classifier_objective() if case.kind == "bert" else mixed_objective()
+    if case.kind == "bert":
+        return classifier_objective()
+    return mixed_objective(wide=16 if case.adapter_off else 32)
 
 
 def by_hand(case: Case, rate: float = SGD["learning_rate"]) -> dict[str, Tensor]:
@@ -220,6 +225,11 @@ def by_hand(case: Case, rate: float = SGD["learning_rate"]) -> dict[str, Tensor]
     out |= {f"weight.{n}": p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
     with torch.no_grad():
         terms = dense_terms(case, student, teacher, objective)
+        if case.kind == "bert":
+            right = [
+                student(input_ids=torch.tensor([e["input_ids"]])).logits.argmax() == e["labels"] for e in examples(case)
+            ]
+            out["mean.accuracy"] = torch.stack(right).float().mean()
     out |= {f"mean.{name}": value for name, (value, _) in terms.items()}
     out["mean.loss"] = sum(value * weight for value, weight in terms.values())
     return out
@@ -268,7 +278,7 @@ def build(case: Case, folder, **more):
         data = text_dataset(case.rows, seed=4)
         return DistillSFTTrainer(
             student,
-            teacher=FrozenTeacher(teacher),
+            teacher=AdapterOffTeacher() if case.adapter_off else FrozenTeacher(teacher),
             args=args,
             train_dataset=data,
             eval_dataset=data,
@@ -285,8 +295,13 @@ def build(case: Case, folder, **more):
         train_dataset=data,
         eval_dataset=data,
         data_collator=collator(tiny_tokenizer()),
+        compute_metrics=accuracy if case.kind == "bert" else None,
         **more,
     )
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def before_trainer(case: Case) -> None:
@@ -311,6 +326,8 @@ def by_trainer(case: Case, folder, trainer=None) -> tuple[dict[str, Tensor], dic
         "processes": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
         "steps": trainer.state.global_step,
+        "teacher": type(getattr(trainer.teacher, "model", trainer.teacher)).__name__,
+        "terms_logged": sorted({tuple(sorted(k for k in l if "/" in k)) for l in trainer.state.log_history if "loss" in l}),
     }
     return out, facts
 

@@ -1,9 +1,8 @@
-"""What `hf_distill.testing` starts: one promise over all cards; every run is a forked child of this process."""
+"""Tiny runs of a method, each in a forked child of a process that has imported everything, and how they are compared."""
 
 from __future__ import annotations
 
-import json
-import logging
+import gc
 import os
 import signal
 import socket
@@ -14,47 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401 (imported before forking, once for all runs)
 import torch
 import torch.distributed
-import transformers
 from torch import Tensor
 
-from hf_distill import testing_promises
 from hf_distill.methods import MethodCard
 from hf_distill.testing import setup_of
 
 LIMIT = 300.0  # seconds of one run; tiny ones take a few, so beyond it ranks wait for each other
 
 
-def main(promise: str, cards: str, folder: str) -> None:
-    """Write {slug: [what differs]} of a promise to `report.json`, card by card."""
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    check = getattr(testing_promises, promise)
-    finish = getattr(testing_promises, f"finish_{promise}", None)
-    report: dict[str, list[str]] = {}
-    cases = []
-    for fields in json.loads(Path(cards).read_text(encoding="utf-8")):
-        card = MethodCard(**fields)
-        case = Case(card, Path(folder) / card.slug)
-        cases.append(case)
-        report[card.slug] = _problems(check, case)
-        if finish is None:
-            Path(folder, "report.json").write_text(json.dumps(report), encoding="utf-8")
-    if finish is not None:
-        for slug, problems in finish([case for case in cases if not report[case.card.slug]]).items():
-            report[slug] += problems
-        Path(folder, "report.json").write_text(json.dumps(report), encoding="utf-8")
+def import_before_forking(cards: list[MethodCard]) -> None:
+    """What every run would import for itself, once; the garbage collector then leaves it alone."""
+    import peft  # noqa: F401
 
+    import hf_distill.training.trainers  # noqa: F401
 
-def _problems(check: Callable, case: Case) -> list[str]:
-    try:
-        return list(check(case))
-    except RunFailed as error:
-        return [str(error)]
-    except Exception:
-        return [traceback.format_exc(limit=-4)]
+    for setup in {id(setup): setup for setup in map(setup_of, cards)}.values():
+        setup.student(), setup.processing_class(), setup.dataset(1)
+    gc.collect()
+    gc.freeze()
 
 
 class RunFailed(Exception):
@@ -125,10 +103,10 @@ class Case:
             where = f" on rank {rank}" if ranks > 1 else ""
             raise RunFailed(f"{function.__name__.strip('_')}{where} raised\n{failure.text}")
         for end, result in zip(ends, results, strict=True):
-            if result is None and end != -signal.SIGKILL:
-                raise RunFailed(f"{function.__name__.strip('_')} ended with {end} and no result")
             if end == "late":
                 raise RunFailed(f"{function.__name__.strip('_')} took more than {LIMIT:.0f} s and was killed")
+            if result is None and end != -signal.SIGKILL:
+                raise RunFailed(f"{function.__name__.strip('_')} ended with {end} and no result")
         return results if ranks > 1 else results[0]
 
 
@@ -212,31 +190,33 @@ def outcome(trainer, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
 def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float = 0.0) -> str:
     """What differs most; "" when nothing does. Tolerances are relative to the reference's norm; 0 is bit for bit.
 
-    A reference that vanishes but for rounding (norm below 1e-6 of the largest) is compared with 1e-6 of that.
+    Values far smaller than others of their kind (their name's first word) are compared with a thousandth of the largest
+    of these: they may be differences of large numbers, which rounding leaves few digits of.
     """
     if ours.keys() != reference.keys():
         return f"one has {sorted(ours.keys() ^ reference.keys())}, the other does not"
     pairs = {name: (_double(ours[name]), _double(reference[name])) for name in reference}
-    floor = 1e-6 * max((b.norm().item() for _, b in pairs.values() if b.isfinite().all()), default=0.0)
-    worst, text = 0.0, ""
+    floors: dict[str, float] = {}
+    for name, (_, b) in pairs.items():
+        floors[_kind(name)] = max(floors.get(_kind(name), 1e-9), 1e-3 * b.nan_to_num(0, 0, 0).norm().item())
+    worst, text = tolerance, ""
     for name, (a, b) in pairs.items():
         if a.shape != b.shape:
             return f"{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
         if torch.equal(a, b):
             continue
-        relative = ((a - b).norm() / max(b.norm().item(), floor)).item() if tolerance else float("inf")
-        if not relative <= max(tolerance, worst):
-            worst = relative
-            shown = f"{a.item():.8g}, not {b.item():.8g}" if a.numel() == 1 else f"{_relative(a, b):.1e} off"
-            text = f"{name}: {shown}"
-            if not tolerance:
-                return text
+        off = ((a - b).norm() / max(b.norm().item(), floors[_kind(name)])).item()
+        if tolerance and off <= worst:
+            continue
+        worst, text = off, f"{name}: " + (f"{a.item():.9g}, not {b.item():.9g}" if a.numel() == 1 else f"{off:.1e} off")
+        if not tolerance:
+            break
     return text
+
+
+def _kind(name: str) -> str:
+    return name.split(maxsplit=1)[0].split("_")[0]
 
 
 def _double(value: Any) -> Tensor:
     return torch.as_tensor(value).detach().double()
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()

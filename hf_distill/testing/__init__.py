@@ -198,9 +198,3 @@ def _environment() -> dict[str, str]:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES",
     }
-
-
-if __name__ == "__main__":
-    from hf_distill.testing_worker import main
-
-    main(*sys.argv[1:])

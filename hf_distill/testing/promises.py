@@ -1,0 +1,476 @@
+"""The promises: each yields what differs, and nothing when it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from datasets import disable_progress_bars
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import HfArgumentParser, TrainerCallback
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from hf_distill.methods import MethodCard
+from hf_distill.objectives import Objective
+from hf_distill.testing.runs import Case, RunFailed, difference, import_before_forking, outcome, weights
+from hf_distill.training.callbacks import DistillCallback
+
+KEYWORDS = ("eval_dataset", "processing_class", "data_collator", "callbacks", "peft_config", "compute_metrics")
+
+
+def main(promise: str, cards: str, folder: str) -> None:
+    """Check a promise card by card and write {slug: [what differs]} to `report.json`."""
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    listed = [MethodCard(**fields) for fields in json.loads(Path(cards).read_text(encoding="utf-8"))]
+    import_before_forking(listed)
+    check, finish = CHECKS[promise]
+    report: dict[str, list[str]] = {}
+    cases: list[Case] = []
+    for card in listed:
+        report[card.slug] = _problems(check, card, Path(folder) / card.slug, cases)
+    if finish is not None:
+        for slug, problems in finish([case for case in cases if not report[case.card.slug]], Path(folder)).items():
+            report[slug] += problems
+    Path(folder, "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _problems(check, card: MethodCard, folder: Path, cases: list[Case]) -> list[str]:
+    try:
+        cases.append(Case(card, folder))
+        return list(check(cases[-1]))
+    except RunFailed as error:
+        return [str(error)]
+    except Exception:
+        return [traceback.format_exc(limit=-4)]
+
+
+# ---- interface -------------------------------------------------------------------------------------------------------
+def interface(case: Case) -> Iterator[str]:
+    fields = dataclasses.fields(case.config_class)
+    for field in fields:
+        if not field.metadata.get("help"):
+            yield f"{case.config_class.__name__}.{field.name} has no help"
+    for name in ("build_trainer", "distill"):
+        extra = {"resume_from_checkpoint"} if name == "distill" else set()
+        try:
+            function = getattr(case.module, name)
+            inspect.signature(function).bind(*range(5), **dict.fromkeys({*KEYWORDS} | extra))
+        except (AttributeError, TypeError) as error:
+            yield f"{name}(student, teacher, train_dataset, config, args, *, {', '.join(KEYWORDS)}): {error}"
+    yield from _config_parses(case, fields)
+    yield from case.run(_distilled)
+
+
+def _config_parses(case: Case, fields) -> Iterator[str]:
+    default = case.setup.config(case.config_class)
+    given = {f.name: value for f in fields if f.init and (value := getattr(default, f.name)) is not None}
+    simple = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+    try:
+        parser = HfArgumentParser((case.config_class,))
+        line = [word for name, value in simple.items() for word in (f"--{name}", str(value))]
+        if parser.parse_args_into_dataclasses(args=line)[0] != default:
+            yield "its config from the command line is not the one that was given"
+        path = case.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(given), encoding="utf-8")
+        if parser.parse_yaml_file(str(path))[0] != default:
+            yield "its config from YAML is not the one that was given"
+        # raises where a field has the name of one of theirs
+        TrlParser((ScriptArguments, type(case.arguments("parsed")), ModelConfig, case.config_class))
+    except Exception as error:
+        yield f"its config does not parse beside TRL's: {type(error).__name__}: {error}"
+    numbers = [name for name, value in given.items() if isinstance(value, float)]
+    if numbers:
+        try:
+            dataclasses.replace(default, **dict.fromkeys(numbers, float("nan")))
+            yield f"its config takes NaN for {', '.join(numbers)}: check values in __post_init__"
+        except ValueError:
+            pass
+
+
+def _distilled(case: Case) -> list[str]:
+    student = case.setup.student()
+    names, before = list(student.state_dict()), {n: p.detach().clone() for n, p in student.named_parameters()}
+    result = case.module.distill(
+        student,
+        case.setup.teacher(),
+        case.setup.dataset(8),
+        case.setup.config(case.config_class),
+        case.arguments("distilled", max_steps=1),
+        processing_class=case.setup.processing_class(),
+    )
+    if type(result) is not type(student):
+        return [f"distill gave {type(result).__name__}, not {type(student).__name__}"]
+    found = [name for name, module in result.named_modules() if isinstance(module, Objective)]
+    if found or list(result.state_dict()) != names:
+        return [f"distill left its own parts on the student: {found or sorted({*result.state_dict()} ^ {*names})}"]
+    if all(torch.equal(p, before[n]) for n, p in result.named_parameters()):
+        return ["distill did not train the student"]
+    return []
+
+
+# ---- exact scaling ---------------------------------------------------------------------------------------------------
+def exact_scaling(case: Case) -> Iterator[str]:
+    if case.card.couples_batch:  # only the same micro-batches compare
+        reference, (first, second) = case.run(_split, 8, 4, 2, (4,)), case.run(_split, 8, 4, 1, (4,), ranks=2)
+        for name, ours in (("rank 0", first), ("rank 1", second)):
+            if text := difference(ours, reference, 1e-5):
+                yield f"8 rows as 2 ranks x 4 differ from one process with the same micro-batches ({name}): {text}"
+        return
+    for rows in (8, 7):
+        reference = case.run(_split, rows, 8, 1, (8,))
+        splits = {"4 x 2": (4, 2, (3,)), "1 x 8": (1, 8, (1,))} if rows == 8 else {"4 x 2": (4, 2, (2,))}
+        runs = {name: case.run(_split, rows, *split) for name, split in splits.items()}
+        first, second = case.run(_split, rows, 4, 1, (2,), ranks=2)
+        runs |= {"2 ranks x 4 x 1 (rank 0)": first, "2 ranks x 4 x 1 (rank 1)": second}
+        for name, ours in runs.items():
+            if text := difference(ours, reference, 1e-5):
+                yield f"{rows} rows as batch x accumulation {name} differ from 8 x 1: {text}"
+
+
+def _split(case: Case, rows: int, batch: int, accumulation: int, eval_sizes: tuple[int, ...]) -> dict:
+    """Two steps of plain SGD, each over all rows: how far weights moved, the objective's state, losses, evaluation."""
+    trainer = case.trainer(
+        f"split-{rows}-{batch}-{accumulation}",
+        rows=rows,
+        eval_rows=rows,
+        optim="sgd",
+        learning_rate=0.2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_steps=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+    )
+    before = weights(trainer)
+    trainer.train()
+    values = outcome(trainer, before)
+    for size in eval_sizes:
+        trainer.args.per_device_eval_batch_size = size
+        values |= {name: value for name, value in trainer.evaluate().items() if not _is_time(name)}
+    return values
+
+
+def _is_time(name: str) -> bool:
+    return name.endswith(("runtime", "per_second", "preparation_time")) or name in ("epoch", "step", "eval_num_tokens")
+
+
+# ---- no wide logits --------------------------------------------------------------------------------------------------
+def no_wide_logits(case: Case) -> Iterator[str]:
+    yield from case.run(_wide)
+
+
+def _wide(case: Case) -> list[str]:
+    width, rows = case.setup.wide, 16
+    student, teacher = case.setup.student(vocab_size=width), case.setup.teacher(vocab_size=width)
+    trainer = case.trainer(
+        "wide",
+        rows=rows,
+        eval_rows=rows,
+        student=student,
+        teacher=teacher,
+        max_steps=1,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=1,
+        tile_megabytes=1,
+    )
+    if trainer.args.dense_logits:
+        return []
+    own = {tuple(p.shape) for model in (student, teacher, trainer.objective) for p in model.parameters()}
+    found = []
+    for what, run in (("a training step", trainer.train), ("an evaluation", trainer.evaluate)):
+        with _Widest(width, own, rows=2**20 // (4 * width)) as mode:
+            run()
+        if mode.worst:
+            found.append(
+                f"{what} makes a {mode.worst[0]} tensor in {mode.worst[1]}: leave projecting to `logit_terms`, or set "
+                "args.dense_logits = True in build_trainer if the method needs all logits"
+            )
+    return found
+
+
+class _Widest(TorchDispatchMode):
+    """Finds tensors with a vocabulary in one dimension and more entries beside it than one tile has rows."""
+
+    def __init__(self, width: int, allowed: set[tuple], rows: int):
+        super().__init__()
+        self.width, self.rows, self.worst = width, rows, None
+        self.allowed = {tuple(sorted(shape)) for shape in allowed}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self._is_wide(tensor.shape):
+                if self.worst is None or tensor.numel() > np.prod(self.worst[0]):
+                    self.worst = (tuple(tensor.shape), str(function))
+        return out
+
+    def _is_wide(self, shape) -> bool:
+        if not any(size and size % self.width == 0 for size in shape) or tuple(sorted(shape)) in self.allowed:
+            return False
+        return shape.numel() > self.rows * self.width
+
+
+# ---- clean student ---------------------------------------------------------------------------------------------------
+def clean_student(case: Case) -> Iterator[str]:
+    yield from case.run(_save)
+
+
+def _save(case: Case) -> list[str]:
+    trainer = case.trainer("clean", max_steps=2, save_strategy="steps", save_steps=2)
+    expected = set(case.setup.student().state_dict())
+    trainer.train()
+    trainer.save_model()
+    student = trainer.student().eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.save({"ids": ids, "logits": student(input_ids=ids).logits}, case.folder / "expected.pt")
+    problems = []
+    for folder in (case.folder / "clean", case.folder / "clean" / "checkpoint-2"):
+        saved: set[str] = set()
+        for path in folder.glob("model*.safetensors"):
+            with safe_open(path, "pt") as file:
+                saved |= {*file.keys()}
+        if saved - expected or not saved:
+            problems.append(f"{folder.name} holds more than the student: {sorted(saved - expected) or 'no weights'}")
+    left = [p.name for p in (case.folder / "clean").iterdir() if "objective" in p.name]
+    return problems + [f"the exported folder holds {name}" for name in left]
+
+
+LOADER = """
+import json, sys
+listed, blocked = json.load(open(sys.argv[1])), set(json.load(open(sys.argv[2])))
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"the student needs {name} to load", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+transformers.utils.logging.set_verbosity_error()
+report = {}
+for slug, case in listed.items():
+    problems = report[slug] = []
+    try:
+        auto = getattr(transformers, case["auto_class"])
+        model, info = auto.from_pretrained(case["folder"], output_loading_info=True)
+        problems += [f"loading it gives {kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
+        expected = torch.load(case["expected"])
+        with torch.no_grad():
+            logits = model.eval()(input_ids=expected["ids"]).logits
+        if not torch.allclose(logits, expected["logits"], atol=1e-5):
+            problems.append("loaded again, it says something else than the student that was saved")
+        pipe = transformers.pipeline(case["task"], model=case["folder"], device="cpu")
+        text = pipe(case["prompt"], max_new_tokens=4)[0]["generated_text"]
+        if not text.startswith(case["prompt"]):
+            problems.append(f"pipeline({case['task']!r}) gave {text!r} for {case['prompt']!r}")
+        if pipe.tokenizer.chat_template != case["chat_template"]:
+            problems.append(f"its chat template is {pipe.tokenizer.chat_template!r}")
+    except Exception as error:
+        problems.append(f"does not load without hf_distill: {type(error).__name__}: {error}")
+json.dump(report, open(sys.argv[3], "w"))
+"""
+
+
+def load_clean_students(cases: list[Case], folder: Path) -> dict[str, list[str]]:
+    """Load all saved students in one process that can import neither hf_distill nor the methods' packages."""
+    listed = {}
+    for case in cases:
+        setup = case.setup
+        listed[case.card.slug] = {
+            "folder": str(case.folder / "clean"),
+            "expected": str(case.folder / "expected.pt"),
+            "auto_class": setup.auto_class,
+            "task": setup.task,
+            "prompt": setup.prompt,
+            "chat_template": setup.processing_class().chat_template,
+        }
+    blocked = sorted({"hf_distill", *(case.module.__name__.split(".")[0] for case in cases)})
+    files = [folder / "students.json", folder / "blocked.json", folder / "loaded.json"]
+    files[0].write_text(json.dumps(listed), encoding="utf-8")
+    files[1].write_text(json.dumps(blocked), encoding="utf-8")
+    process = subprocess.run([sys.executable, "-c", LOADER, *map(str, files)], stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        return {slug: [f"the process that loads students failed\n{process.stderr[-2000:]}"] for slug in listed}
+    return json.loads(files[2].read_text(encoding="utf-8"))
+
+
+# ---- exact resume ----------------------------------------------------------------------------------------------------
+def exact_resume(case: Case) -> Iterator[str]:
+    for ranks in (1, 2):
+        whole = case.run(_training, f"whole-{ranks}", ranks=ranks)
+        killed = case.run(_training, f"killed-{ranks}", kill=5, ranks=ranks)
+        if killed not in (None, [None, None]):
+            yield "the run was to be killed at step 5, but went on: does it pass `callbacks` on?"
+        resumed = case.run(_training, f"killed-{ranks}", resume=True, ranks=ranks)
+        pairs = [(whole, resumed)] if ranks == 1 else zip(whole, resumed, strict=True)
+        for rank, (reference, ours) in enumerate(pairs):
+            if text := difference(ours, reference):
+                yield f"killed and resumed ({ranks} ranks, rank {rank}), it is not the uninterrupted run: {text}"
+
+
+def _training(case: Case, run: str, *, kill: int | None = None, resume: bool = False) -> dict:
+    """Seven steps with dropout, a checkpoint every two (in mid-epoch) and a log every three."""
+    trainer = case.trainer(
+        run,
+        student=case.setup.student(attention_dropout=0.1),
+        callbacks=[] if kill is None else [_Kill(kill)],
+        max_steps=7,
+        logging_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return outcome(trainer)
+
+
+class _Kill(TrainerCallback):
+    """As a machine that loses its power: nothing is cleaned up."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- distributed -----------------------------------------------------------------------------------------------------
+def distributed(case: Case) -> Iterator[str]:
+    (first, names, moved), (second, other_names, _) = case.run(_on_two_ranks, ranks=2)
+    if not moved:
+        yield "two ranks ran four steps and no weight of the student moved"
+    if names != other_names or len({tuple(n) for n in names}) > 1:
+        seen = sorted({tuple(n) for n in [*names, *other_names]})
+        yield f"terms are not the same on every rank and step (a term in warm-up is `0 * term`): {seen}"
+    if text := difference(second, first):
+        yield f"ranks end different: {text}"
+
+
+def _on_two_ranks(case: Case) -> tuple[dict, list, bool]:
+    seen = _Names()
+    trainer = case.trainer("ranks", rows=19, max_steps=4, callbacks=[seen])
+    if trainer.accelerator.num_processes != 2:
+        raise RunFailed(f"asked for 2 processes, the trainer sees {trainer.accelerator.num_processes}")
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    moved = any(not torch.equal(value, after[name]) for name, value in before.items())
+    state = {f"state {name}": value.clone() for name, value in trainer.objective.state_tensors().items()}
+    return after | state, seen.names, moved
+
+
+class _Names(DistillCallback):
+    def __init__(self):
+        self.names: list[list[str]] = []
+
+    def on_distill_loss(self, args, state, control, *, student, teacher, terms, **kwargs):
+        self.names.append(sorted(terms))
+
+
+# ---- frozen teacher --------------------------------------------------------------------------------------------------
+def frozen_teacher(case: Case) -> Iterator[str]:
+    yield from case.run(_teacher_moves)
+    yield from (f"under LoRA, {problem}" for problem in case.run(_teacher_moves, lora=True))
+
+
+def _teacher_moves(case: Case, lora: bool = False) -> list[str]:
+    """A plain model as the teacher, given in train mode and with gradients on, as users have it."""
+    student, teacher = case.setup.student(), case.setup.teacher().train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    base = {id(p): p.detach().clone() for p in student.parameters()}
+    trainer = case.trainer("lora" if lora else "full", student=student, teacher=teacher, lora=lora, max_steps=2)
+    own = weights(trainer)
+    trainer.train()
+    problems = [f"teacher weight {n} moved" for n, v in teacher.state_dict().items() if not torch.equal(v, before[n])]
+    problems += [f"teacher weight {n} has a gradient" for n, p in teacher.named_parameters() if p.grad is not None]
+    moved = {n for n, value in weights(trainer).items() if not torch.equal(value, own[n])}
+    if not moved:
+        problems.append("the student did not learn")
+    if lora:
+        still = {id(p): p for p in student.parameters()}
+        if any(not torch.equal(still[i], value) for i, value in base.items() if i in still):
+            problems.append("the student's base weights moved")
+        trainer.save_model()
+        problems += [f"the saved adapter holds {key}" for key in _adapter_keys(case.folder / "lora") if "lora" not in key]
+    return problems[:3]
+
+
+def _adapter_keys(folder: Path) -> list[str]:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+# ---- quiet evaluation ------------------------------------------------------------------------------------------------
+def quiet_evaluation(case: Case) -> Iterator[str]:
+    yield from case.run(_evaluated)
+    quiet = case.run(_with_evaluation, "no")
+    if text := difference(case.run(_with_evaluation, "steps"), quiet):
+        yield f"trained with an evaluation at every step, the student is another one: {text}"
+
+
+def _evaluated(case: Case) -> list[str]:
+    trainer = case.trainer("evaluated", max_steps=2, student=case.setup.student(attention_dropout=0.1))
+    trainer.train()
+    before = _everything(trainer)
+    numbers = [{k: v for k, v in trainer.evaluate().items() if not _is_time(k)} for _ in range(2)]
+    problems = []
+    if text := difference(_everything(trainer), before):
+        problems.append(f"evaluation changed something: {text}")
+    if text := difference(*numbers):
+        problems.append(f"evaluating twice gives two results: {text}")
+    return problems
+
+
+def _everything(trainer) -> dict:
+    values = outcome(trainer)
+    values["torch's random state"] = torch.get_rng_state()
+    values["numpy's random state"] = np.random.get_state()[1].astype(np.int64)
+    values["python's random state"] = torch.tensor(random.getstate()[1])
+    return values
+
+
+def _with_evaluation(case: Case, strategy: str) -> dict:
+    trainer = case.trainer(
+        f"evaluates-{strategy}",
+        max_steps=4,
+        eval_strategy=strategy,
+        eval_steps=1,
+        student=case.setup.student(attention_dropout=0.1),
+    )
+    trainer.train()
+    return outcome(trainer)
+
+
+# by name: the check of one card, and what finishes it for all cards at once
+CHECKS = {
+    "interface": (interface, None),
+    "exact_scaling": (exact_scaling, None),
+    "no_wide_logits": (no_wide_logits, None),
+    "clean_student": (clean_student, load_clean_students),
+    "exact_resume": (exact_resume, None),
+    "distributed": (distributed, None),
+    "frozen_teacher": (frozen_teacher, None),
+    "quiet_evaluation": (quiet_evaluation, None),
+}
