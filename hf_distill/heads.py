@@ -155,7 +155,7 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
 
 
 def _run_backbone(model: nn.Module, inputs: dict) -> tuple:
-    """The backbone's output, and what it gives the head. T5 has no backbone of its own: it runs with its head left out."""
+    """The backbone's output, and what it gives the head. T5 has no backbone of its own: it runs without its head."""
     if model.base_model is not model:
         out = model.base_model(**inputs)
         return out, out.last_hidden_state

@@ -12,7 +12,12 @@ from hf_distill.signals import HeadLogits, Rows
 from tests.helpers import tiny_llama
 
 SMALL = dict(
-    vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=1)
 T5 = dict(vocab_size=48, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, **IDS)
@@ -27,7 +32,9 @@ def llava():
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
     text = tf.LlamaConfig(**SMALL, **IDS)
-    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=40))
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=40)
+    )
 
 
 FAMILIES = {
@@ -35,14 +42,18 @@ FAMILIES = {
     "llama tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, **IDS, tie_word_embeddings=True)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL, **IDS)),
     "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL, **IDS, head_dim=4, final_logit_softcapping=0.5)),
-    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SMALL, **IDS, head_dim=4, final_logit_softcapping=0.5)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(**SMALL, **IDS, head_dim=4, final_logit_softcapping=0.5)
+    ),
     "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**SMALL, **IDS, logit_scale=0.25)),
     "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, **IDS, logits_scaling=8.0)),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL, **IDS)),
     "phi (bias)": lambda: tf.PhiForCausalLM(tf.PhiConfig(**SMALL, **IDS)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, **IDS)),
     "falcon-h1": lambda: tf.FalconH1ForCausalLM(
-        tf.FalconH1Config(**SMALL, **IDS, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.5)
+        tf.FalconH1Config(
+            **SMALL, **IDS, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.5
+        )
     ),
     "qwen3 moe": lambda: tf.Qwen3MoeForCausalLM(
         tf.Qwen3MoeConfig(**SMALL, **IDS, head_dim=4, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
@@ -98,7 +109,9 @@ class Louder(tf.LlamaForCausalLM):
 
 def test_logits_that_are_more_than_the_head_pass_the_check():
     model = Louder(tiny_llama().config)
-    with pytest.raises(ValueError, match=r"the teacher's logits are not its head .* Louder differs by .*dense_logits=True"):
+    with pytest.raises(
+        ValueError, match=r"the teacher's logits are not its head .* Louder differs by .*dense_logits=True"
+    ):
         check_head(model, "teacher")
     assert model.training  # and its mode is put back
     model.bfloat16()

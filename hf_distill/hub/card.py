@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from hf_distill import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 MEASURES = {
@@ -14,7 +17,7 @@ MEASURES = {
     "teacher_kl": "KL(teacher \\|\\| student) (nats)",
     "agreement": "top-1 agreement with the teacher",
 }
-PACKAGES = ("hf-distill", "transformers", "trl", "peft", "accelerate", "datasets", "torch")
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
 
 
 def write_model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
@@ -33,8 +36,8 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
     base = getattr(trainer.model.config, "_name_or_path", "") or None
     data = ModelCardData(
         library_name="transformers",
-        base_model=base if base and not os.path.exists(base) else None,
-        datasets=dataset_name if dataset_name and not os.path.exists(dataset_name) else None,
+        base_model=base if _is_hub_id(base) else None,
+        datasets=dataset_name if _is_hub_id(dataset_name) else None,
         tags=sorted(
             {*trainer._tag_names, *(paper.slug for paper in papers), *([tags] if isinstance(tags, str) else tags or ())}
         ),
@@ -56,15 +59,19 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
         * trainer.args.gradient_accumulation_steps
         * trainer.args.world_size,
         seed=trainer.args.seed,
-        versions={name: _version(name) for name in PACKAGES},
+        versions={"hf_distill": __version__} | {name: _version(name) for name in PACKAGES},
     )
     os.makedirs(trainer.args.output_dir, exist_ok=True)
     card.save(os.path.join(trainer.args.output_dir, "README.md"))
 
 
+def _is_hub_id(name: str | None) -> bool:
+    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
+
+
 def _without_local_path(described: dict) -> dict:
-    name = described.get("teacher")
-    if name and os.path.exists(name):
+    name = described.get("teacher", "")
+    if os.sep in name and not _is_hub_id(name):
         described = described | {"teacher": os.path.basename(os.path.normpath(name))}
     return {k: v for k, v in described.items() if v is not None}
 

@@ -185,8 +185,8 @@ class AdapterOffTeacher(Teacher):
     def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
         if self.student is None:
             raise ValueError(
-                "the adapter-off teacher has no student: none was attached, or its adapter was merged and the base is gone "
-                "(evaluate before student(merge=True))"
+                "the adapter-off teacher has no student: none was attached, or its adapter was merged and the base is "
+                "gone (evaluate before student(merge=True))"
             )
         own = teacher_batch(batch)
         with torch.autocast(_device_type(own), enabled=False), eval_mode(self.student), _adapter_off(self.student):

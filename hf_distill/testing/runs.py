@@ -188,9 +188,9 @@ def outcome(trainer, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
 
 
 def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float = 0.0) -> str:
-    """What differs most; "" when nothing does. Tolerances are relative to the reference's norm; 0 is bit for bit.
+    """What differs most of each kind (a name's first word); "" when nothing does. Tolerances are relative to the reference's norm; 0 is bit for bit.
 
-    Values far smaller than others of their kind (their name's first word) are compared with a thousandth of the largest
+    Values far smaller than others of their kind are compared with a thousandth of the largest
     of these: they may be differences of large numbers, which rounding leaves few digits of.
     """
     if ours.keys() != reference.keys():
@@ -199,19 +199,18 @@ def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float
     floors: dict[str, float] = {}
     for name, (_, b) in pairs.items():
         floors[_kind(name)] = max(floors.get(_kind(name), 1e-9), 1e-3 * b.nan_to_num(0, 0, 0).norm().item())
-    worst, text = tolerance, ""
+    worst: dict[str, tuple[float, str]] = {}
     for name, (a, b) in pairs.items():
         if a.shape != b.shape:
             return f"{name} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
         if torch.equal(a, b):
             continue
-        off = ((a - b).norm() / max(b.norm().item(), floors[_kind(name)])).item()
-        if tolerance and off <= worst:
-            continue
-        worst, text = off, f"{name}: " + (f"{a.item():.9g}, not {b.item():.9g}" if a.numel() == 1 else f"{off:.1e} off")
-        if not tolerance:
-            break
-    return text
+        kind = _kind(name)
+        off = ((a - b).norm() / max(b.norm().item(), floors[kind])).item()
+        if not off <= max(tolerance, worst.get(kind, (0.0,))[0]):
+            by = f"{a.item():.9g}, not {b.item():.9g}" if a.numel() == 1 else f"{off:.1e} off"
+            worst[kind] = off, f"{name}: {by}"
+    return "; ".join(text for _, text in worst.values())
 
 
 def _kind(name: str) -> str:

@@ -18,8 +18,8 @@ from hf_distill.training.fidelity import measure_teacher
 class DistillCallback(TrainerCallback):
     """A TrainerCallback with distillation's own events. Give those you need; all get `args, state, control`.
 
-    Signals are the step's own tensors: read them, do not keep them. `dispatch(event, **values)`, set by the trainer, tells
-    all other DistillCallbacks of an event (a callback that generates text announces it with `on_generate`).
+    Signals are the step's own tensors: read them, do not keep them. `dispatch(event, **values)`, set by the trainer,
+    tells all other DistillCallbacks of an event (a callback that generates text announces it with `on_generate`).
     """
 
     dispatch: Callable = staticmethod(lambda event, **values: None)

@@ -5,11 +5,13 @@ Written against transformers 5.23, trl 1.16, accelerate 1.15, peft 0.21. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -73,10 +75,15 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
             kwargs["quantization_config"] = quantization_config
         return auto_class.from_pretrained(path, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError) as error:
+        remedy = "Give a folder with config.json and safetensors weights, or a Hub id"
+        if "trust_remote_code" in str(error):
+            remedy = "It needs code of its own: if you trust that code, set trust_remote_code" + (
+                ' in teacher_model_init_kwargs (\'{"trust_remote_code": true}\')' if what == "teacher" else ""
+            )
         looked = "a folder" if os.path.isdir(path) else "a Hub id (there is no folder of that name)"
         raise ValueError(
             f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. "
-            "Give a folder with config.json and safetensors weights, or a Hub id"
+            f"{remedy}"
         ) from error
 
 
@@ -157,6 +164,35 @@ def check_dataloading(accelerator) -> None:
                 f"accelerator_config {name}={refused} gives ranks parts of a batch or unequal numbers of batches, which "
                 f"exact scaling cannot count: set {name}={not refused}"
             )
+
+
+@contextlib.contextmanager
+def before_training(trainer):
+    """Evaluate a model that no `train()` has wrapped yet, and leave it so that a later one wraps it.
+
+    Trainer alone marks it as prepared for good: on several ranks `train()` would then run without DDP, each rank on its own
+    gradients, without a word; under FSDP2 it raises.
+    """
+    accelerator = trainer.accelerator
+    if accelerator._models:
+        yield
+    elif accelerator.distributed_type == "FSDP" and accelerator.is_fsdp2:
+        # a model is sharded only beside an optimizer; training makes its own, of the parameters as they rest
+        trainer.model, _ = accelerator.prepare(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=0.0))
+        trainer.model_wrapped = trainer.model
+        accelerator._optimizers.clear()
+        yield
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    elif is_sharded(accelerator):
+        yield
+    else:
+        accelerator._models.append(None)  # the model runs as it is
+        try:
+            yield
+        finally:
+            accelerator._models.remove(None)
 
 
 def find_unused_parameters(accelerator) -> None:

@@ -27,7 +27,8 @@ class DistillArguments:
     teacher_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "The teacher's dtype (float32, bfloat16, float16, auto). Default: its checkpoint's on a GPU, float32 on a CPU."
+            "help": "The teacher's dtype (float32, bfloat16, float16, auto). "
+            "Default: its checkpoint's on a GPU, float32 on a CPU."
         },
     )
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bit (bitsandbytes)."})
@@ -40,8 +41,8 @@ class DistillArguments:
     measure_teacher_fidelity: int = field(
         default=0,
         metadata={
-            "help": "Compare a quantised teacher with its full precision on this many batches before training and log KL "
-            "and top-1 agreement. Needs the full-precision teacher to fit beside it. 0 does not measure."
+            "help": "Compare a quantised teacher with its full precision on this many batches before training and log "
+            "KL and top-1 agreement. Needs the full-precision teacher to fit beside it. 0 does not measure."
         },
     )
     allow_different_chat_templates: bool = field(
@@ -76,7 +77,7 @@ class DistillArguments:
             raise ValueError(f"objective_learning_rate must be positive, got {self.objective_learning_rate}")
         if self.tile_megabytes is not None and self.tile_megabytes < 1:
             raise ValueError(f"tile_megabytes must be at least 1, got {self.tile_megabytes}")
-        # torch.compile of the whole model would compile a forward that distillation never calls: the backbone is compiled
+        # torch.compile of the whole model would compile a forward that is never called: the backbone is compiled
         self.compile_options = None
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             self.compile_options = {

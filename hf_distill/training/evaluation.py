@@ -13,6 +13,7 @@ from hf_distill.curricula.collators import ADDED
 from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
 from hf_distill.signals import SparseLogits
 from hf_distill.teachers.base import PREFIX
+from hf_distill.training import compat
 
 _OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
 
@@ -47,7 +48,8 @@ class EvaluatesExactly:
                 return loss, None, None
             if logits is None or batch is not inputs:
                 plain = {k: v for k, v in inputs.items() if k != "labels" and k not in ADDED and not k.startswith(PREFIX)}
-                logits = model(**plain).logits
+                with self.accelerator.autocast():
+                    logits = model(**plain).logits
         return loss, logits.detach(), inputs.get("labels")
 
     def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
@@ -62,16 +64,17 @@ class EvaluatesExactly:
         return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        if self.objective is None:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        self._eval_totals = {}
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
-        with _random_state_kept(self.args.device):  # a data loader draws a seed whenever it is iterated
+        if self.objective is not None:
+            self._eval_totals = {}
+            if prediction_loss_only is None:
+                prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
+        # a data loader draws a seed whenever it is iterated
+        with compat.before_training(self), _random_state_kept(self.args.device):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        output.metrics.update(self._exact_metrics(metric_key_prefix))
+        if self.objective is not None:
+            output.metrics.update(self._exact_metrics(metric_key_prefix))
         return output
 
     def _exact_metrics(self, prefix: str) -> dict[str, float]:

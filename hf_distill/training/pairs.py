@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.heads import base_model_of
 from hf_distill.teachers import Teacher
-from hf_distill.training.checks import check_chat_templates, common_vocabulary
+from hf_distill.training.checks import check_chat_templates, check_has_loss, common_vocabulary
 
 
 def check_dataset(dataset, what: str) -> None:
@@ -19,6 +19,23 @@ def check_dataset(dataset, what: str) -> None:
         raise TypeError(f"{what}_dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f"the {what} dataset is empty: check its split and filters")
+
+
+def check_columns(dataset, args) -> None:
+    """The columns are some that DistillSFTTrainer understands, and not all labels are masked. Raises ValueError."""
+    names = set(getattr(dataset, "column_names", None) or ())
+    if isinstance(dataset, Dataset) and not names & {args.dataset_text_field, "image", "images"}:
+        check_has_loss(dataset)
+
+
+def check_prepared(prepared: Dataset, given: Dataset, args) -> None:
+    """Preparing a dataset (templates, masks, truncation) left something to learn. Raises ValueError."""
+    if len(prepared) == 0:
+        raise ValueError(
+            f"none of the {len(given)} examples has a label left after preparation: max_length={args.max_length} is "
+            "shorter than the prompts, or the chat template marks no assistant tokens (assistant_only_loss)"
+        )
+    check_has_loss(prepared)
 
 
 def check_pair(student: nn.Module, teacher: Teacher, processing_class, dataset, args) -> None:

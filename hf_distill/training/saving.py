@@ -86,7 +86,7 @@ class SavesObjective:
                 model._modules[KEY] = objective
 
     def student(self, *, merge: bool | None = None) -> nn.Module:
-        """The trained student, clean and in eval mode: objective, hooks and replaced forwards taken off, its head unfrozen.
+        """The trained student, clean and in eval mode: objective, hooks and replaced forwards off, its head thawed.
 
         Call it when training is over.
 
@@ -142,11 +142,10 @@ class SavesObjective:
             state_dict = {k: v for k, v in state_dict.items() if KEY + "." not in k}
         elif self.objective is not None:
             own = self.objective.state_dict()
-        if self.objective is not None:
-            self._check_finite()
+        self._check_finite()
         if self.args.should_save:
             self._check_space(output_dir)
-            # a marker of an older run would make a half-written checkpoint look complete, stale adapter files a merged model
+            # left from before, these would make a half-written checkpoint look complete, a merged model an adapter
             stale = (TRAINER_STATE,) if self._in_checkpoint else ADAPTER_FILES if self.args.merge_adapter else ()
             for name in stale:
                 with contextlib.suppress(FileNotFoundError):
@@ -169,11 +168,11 @@ class SavesObjective:
         return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
     def _save_checkpoint(self, model, trial) -> None:
-        self._in_checkpoint = True
+        self._check_finite()
         self._wrote_checkpoints = True
         if self.objective is not None:
-            self._check_finite()
             self._tr_loss_of_ranks = self.accelerator.gather(self._tr_loss.detach().float().reshape(1))
+        self._in_checkpoint = True
         try:
             with _named_disk_errors(self.args.output_dir):
                 super()._save_checkpoint(model, trial)
@@ -225,8 +224,8 @@ class SavesObjective:
         if not asked:
             if (complete or partial) and not self._wrote_checkpoints:
                 raise ValueError(
-                    f"{self.args.output_dir} holds another run ({os.path.basename((complete + partial)[0])}): go on with "
-                    "resume_from_checkpoint=True (--resume_from_checkpoint last), or choose another output_dir"
+                    f"{self.args.output_dir} holds another run ({os.path.basename((complete + partial)[0])}): go on "
+                    "with resume_from_checkpoint=True (--resume_from_checkpoint last), or choose another output_dir"
                 )
             return None
         if asked is True:
@@ -247,8 +246,8 @@ class SavesObjective:
                 raise ValueError(f"{chosen} is not a complete checkpoint (no readable {TRAINER_STATE}){hint}")
         if not _holds_optimizer(chosen):
             raise ValueError(
-                f"{chosen} holds no optimizer state (it was written with save_only_model), so the run cannot go on as it was. "
-                f"To train on from its weights, give {chosen} as the model and another output_dir"
+                f"{chosen} holds no optimizer state (it was written with save_only_model), so the run cannot go on as "
+                f"it was. To train on from its weights, give {chosen} as the model and another output_dir"
             )
         self._wrote_checkpoints = True
         for folder in partial:
@@ -287,15 +286,15 @@ class SavesObjective:
             own, saved = self.objective.state_dict(), _under(tensors, "parameter.")
             if own.keys() != saved.keys() or any(own[k].shape != saved[k].shape for k in own):
                 raise ValueError(
-                    f"the checkpoint's objective has parameters {_shapes(saved)}, this one {_shapes(own)}: resume with the "
-                    "objective, student and teacher the run was started with"
+                    f"the checkpoint's objective has parameters {_shapes(saved)}, this one {_shapes(own)}: resume with "
+                    "the objective, student and teacher the run was started with"
                 )
             self.objective.load_state_dict(saved)
         self.objective.load_state_tensors(_under(tensors, "state."))
         return tensors
 
     def _restore_running_values(self) -> None:
-        """At the start of training, after the trainer zeroed its own: what was summed but not logged when it was killed."""
+        """At the start of training, after the trainer zeroed its own: what was summed but not logged at the save."""
         if self._resumed is None:
             return
         tensors, self._resumed = self._resumed, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import fields
 
@@ -14,10 +15,9 @@ from hf_distill.heads import is_encoder_decoder
 from hf_distill.objectives import LogitKD, Objective
 from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher, load_teacher
 from hf_distill.training import compat
-from hf_distill.training.checks import check_has_loss
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
 from hf_distill.training.mixin import DistillMixin
-from hf_distill.training.pairs import check_dataset, check_pair
+from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared
 
 
 def arguments_as(kind: type, args, model):
@@ -81,6 +81,20 @@ def _require(objective: Objective | None, teacher: Teacher | None, args) -> None
         )
 
 
+def load_student(model: nn.Module | str, args, processing_class, quantization_config) -> tuple:
+    """The student and its tokenizer or processor: loaded where a Hub id or folder is given, in float32 as TRL does."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, processing_class
+    path, trust = os.fspath(model), bool(getattr(args, "trust_remote_code", False))
+    processing_class = processing_class or compat.load_processing_class(path, trust_remote_code=trust)
+    options = {"quantization_config": quantization_config, "dtype": "float32", "trust_remote_code": trust}
+    if getattr(args, "model_init_kwargs", None):
+        options |= args.model_init_kwargs
+        args.model_init_kwargs = None  # TRL's trainers take them for a path only
+    set_seed(args.seed)
+    return compat.load_model(path, what="student", **options), processing_class
+
+
 class DistillTrainer(DistillMixin, Trainer):
     """Trainer with a teacher: classification, encoders, encoder-decoders. Everything not said here is Trainer's.
 
@@ -118,9 +132,7 @@ class DistillTrainer(DistillMixin, Trainer):
         _require(objective, teacher, args)
         check_dataset(train_dataset, "train")
         set_seed(args.seed)
-        if isinstance(model, str):
-            processing_class = processing_class or compat.load_processing_class(model)
-            model = compat.load_model(model, what="student", quantization_config=quantization_config)
+        model, processing_class = load_student(model, args, processing_class, quantization_config)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -174,14 +186,8 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
         teacher = teacher_from(teacher, args, teacher_quantization_config)
         _require(objective, teacher, args)
         check_dataset(train_dataset, "train")
-        if isinstance(model, str):
-            processing_class = processing_class or compat.load_processing_class(model)
-            set_seed(args.seed)
-            options = dict(args.model_init_kwargs or {})
-            args.model_init_kwargs = None
-            model = compat.load_model(
-                model, what="student", **{"quantization_config": quantization_config, "dtype": "float32"} | options
-            )
+        check_columns(train_dataset, args)
+        model, processing_class = load_student(model, args, processing_class, quantization_config)
         if teacher is not None:
             check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
@@ -197,7 +203,7 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
             peft_config=peft_config,
         )
         if not self._skip_prepare_dataset and not isinstance(self.train_dataset, IterableDataset):
-            check_has_loss(self.train_dataset)
+            check_prepared(self.train_dataset, train_dataset, args)
         self._attach(teacher, objective)
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
@@ -239,9 +245,7 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
                 f"--teacher_model_name_or_path; got {type(teacher).__name__}"
             )
         check_dataset(train_dataset, "train")
-        if isinstance(model, str):
-            processing_class = processing_class or compat.load_processing_class(model)
-            model = compat.load_model(model, what="student", quantization_config=quantization_config)
+        model, processing_class = load_student(model, args, processing_class, quantization_config)
         check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
             model=model,
@@ -258,6 +262,20 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
         )
         self._attach(None, None)
         self.teacher = teacher
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        self._require_finite(logs.get("loss", 0.0))
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        self._require_finite(getattr(self, "_tr_loss", 0.0))
+
+    def _require_finite(self, loss) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became NaN or infinite by step {self.state.global_step}; nothing was saved since. Lower the "
+                "learning rate or clip gradients (max_grad_norm)"
+            )
 
 
 def trainer_for(args) -> type[DistillMixin]:

@@ -144,7 +144,10 @@ def test_training_changes_its_teacher(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     record = Record()
     trainer = make_trainer(
-        tmp_path, record.wrap(FrozenTeacher(model, tiny_tokenizer())), objective=LogitKD() + FeatureKD(), weight_decay=0.5
+        tmp_path,
+        record.wrap(FrozenTeacher(model, tiny_tokenizer())),
+        objective=LogitKD() + FeatureKD(),
+        weight_decay=0.5,
     )
     trainer.train()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -166,7 +169,9 @@ def test_a_quantised_teacher_is_cast_thawed_or_noisy(teacher_folder, tmp_path, c
         )
         model = trainer.teacher.model
         kinds = {type(m).__name__ for m in model.modules()}
-        before = trainer.teacher(batch_of()).logits.dense()  # bitsandbytes' state_dict() itself changes a 4-bit CPU model
+        before = trainer.teacher(
+            batch_of()
+        ).logits.dense()  # bitsandbytes' state_dict() itself changes a 4-bit CPU model
         trainer.train()
     assert {8: "Linear8bitLt", 4: "Linear4bit"}[bits] in kinds and type(model.lm_head) is torch.nn.Linear
     assert trainer.teacher.describe()["teacher_bits"] == bits

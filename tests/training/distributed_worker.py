@@ -39,6 +39,7 @@ CASES = {
     "ragged": Case(rows=7, per_device=4, eval_size=4),
     "ragged_split": Case(rows=7, per_device=1, accumulation=4, eval_size=3),
     "ragged_pairs": Case(rows=5, per_device=2, accumulation=2, eval_size=4),
+    "evaluated_first": Case(rows=7, per_device=4, eval_size=4, evaluate_first=True),
     "lora": Case(part="lora", rows=7, per_device=2, accumulation=2, eval_size=2),
     "head": Case(part="head", per_device=4, eval_size=4),
     "packed": Case(packing=True, per_device=1, accumulation=4, eval_size=2),
@@ -48,6 +49,9 @@ CASES = {
     "fsdp2": Case(per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),
     "fsdp2_ragged": Case(
         rows=7, per_device=2, accumulation=2, eval_size=2, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING
+    ),
+    "fsdp2_evaluated_first": Case(
+        per_device=4, eval_size=4, evaluate_first=True, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING
     ),
     "fsdp2_checkpointing": Case(per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2),
     "fsdp2_lora": Case(part="lora", per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),

@@ -46,6 +46,7 @@ class Case:
     packing: bool = False
     adapter_off: bool = False
     eval_size: int = 8
+    evaluate_first: bool = False
     strategy: str = "ddp"
     settings: dict = field(default_factory=dict)
 
@@ -317,6 +318,8 @@ def by_trainer(case: Case, folder, trainer=None) -> tuple[dict[str, Tensor], dic
     trainer = trainer or build(case, folder)
     recorder = Recorder()
     trainer.add_callback(recorder)
+    if case.evaluate_first:
+        trainer.evaluate()
     trainer.train()
     out = recorder.seen
     out |= {f"weight.{plain(n)}": whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}

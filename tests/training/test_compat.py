@@ -70,6 +70,8 @@ def test_every_override_takes_what_its_parent_is_given(ours, parent):
             takes_rest = any(p.kind is p.VAR_KEYWORD for p in mine.values())
             missing = [n for n in theirs if n not in mine and not takes_rest and theirs[n].kind is not inspect.Parameter.VAR_KEYWORD]
             assert not missing, f"{cls.__name__}.{name} does not take {missing}"
+            if name not in OVERRIDDEN[Trainer]:
+                continue
             common = [n for n in mine if n in theirs]
             assert common == [n for n in theirs if n in mine], f"{cls.__name__}.{name}: another order of arguments"
             checked.add(name)

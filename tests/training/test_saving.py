@@ -1,4 +1,4 @@
-"""What lies in the folders: a clean student, checkpoints that are whole or known to be half-written, nothing after a NaN."""
+"""What lies in the folders: a clean student, checkpoints whole or known to be half-written, nothing after a NaN."""
 
 import errno
 import json
