@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_distill.comparison import MEASURES, Comparison, Run, mean_seconds, paired, token_blocks
+from hf_distill.comparison import MEASURES, Comparison, Run, paired, times_longer, token_blocks
 from hf_distill.demo import quiet
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
@@ -128,10 +128,8 @@ def measure(name: str, options) -> None:
     rows: dict[str, list[Run]] = {}
     with tqdm(total=len(ROWS) * study.runs_per_row * options.steps, unit="step") as study.bar:
         for row in ROWS:
-            steps = options.steps
-            if row == ALONE_TIME:
-                steps = round(steps * mean_seconds(rows[KL]) / mean_seconds(rows[ALONE]))
-            rows[row] = study.row(row, max(steps, options.steps))
+            longer = times_longer(rows[KL], rows[ALONE]) if row == ALONE_TIME else 1
+            rows[row] = study.row(row, round(options.steps * longer))
             print(f"{row}: {[round(run.test['cross_entropy'], 4) for run in rows[row]]}", flush=True)
     result = {
         "set": name,

@@ -2,7 +2,8 @@
 
     python examples/own_callback.py
 
-It logs how sure of itself the teacher is on the training batches. Pass it to any trainer: `callbacks=[TeacherConfidence()]`.
+It logs how sure of itself the teacher is on the training batches. Any trainer takes it
+(`callbacks=[TeacherConfidence()]`).
 """
 
 from hf_distill import DistillCallback, DistillSFTConfig, DistillSFTTrainer

@@ -2,8 +2,8 @@
 
     python examples/own_objective.py
 
-It trains the package's small offline student on its offline teacher for twenty steps. What the frame does with the class:
-the projector is built before the optimizer and trained at its own learning rate, synchronised over ranks, saved for
+It trains the package's small offline student on its offline teacher for twenty steps. What the frame does with it: the
+projector is built before the optimizer and trained at its own learning rate, synchronised over ranks, saved for
 resuming and left out of the saved student; the term is scaled exactly for any split of the batch.
 """
 
@@ -16,7 +16,7 @@ from hf_distill.recipe import embedded_setup
 
 
 class CosineFeatures(Objective):
-    """1 - cosine of the last hidden states at the rows that carry loss, with a weight that rises over the first half."""
+    """1 - cosine of the last hidden states, where there is loss; its weight rises over the first half of training."""
 
     needs = frozenset({"hidden_states"})
 
@@ -34,7 +34,13 @@ class CosineFeatures(Objective):
 def main(output_dir: str = "outputs/own_objective", steps: int = 20, **settings) -> DistillSFTTrainer:
     setup = embedded_setup()
     args = DistillSFTConfig(
-        output_dir, max_steps=steps, max_length=64, learning_rate=2e-3, objective_learning_rate=1e-2, bf16=False, **settings
+        output_dir,
+        max_steps=steps,
+        max_length=64,
+        learning_rate=2e-3,
+        objective_learning_rate=1e-2,
+        bf16=False,
+        **settings,
     )
     trainer = DistillSFTTrainer(
         setup.student,

@@ -35,6 +35,7 @@ class Run:
     seed: int
     steps: int
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     tokens_per_second: float = 0.0
     validation: float = 0.0
     test: dict[str, float] = field(default_factory=dict)
@@ -133,10 +134,10 @@ class Comparison:
         if self.bar is not None:
             self.bar.set_description(f"{row}, learning rate {learning_rate:g}, seed {seed}")
             trainer.add_callback(_Bar(self.bar))
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
-        run = Run(row, learning_rate, seed, steps, seconds, steps * self.batch * self.block / seconds)
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        run = Run(row, learning_rate, seed, steps, seconds, busy, steps * self.batch * self.block / seconds)
         run.validation = trainer.evaluate()["eval_cross_entropy"]
         values = trainer.evaluate(self.test, metric_key_prefix="test")
         run.test = {key: values[f"test_{key}"] for key in MEASURES}
@@ -184,5 +185,11 @@ def paired(rows: dict[str, list[Run]], row: str, baseline: str, measure: str = "
     return Paired(statistics.mean(values), error, values)
 
 
-def mean_seconds(runs: list[Run]) -> float:
-    return statistics.mean(run.seconds for run in runs)
+def times_longer(runs: list[Run], beside: list[Run]) -> float:
+    """How many times longer a step of `runs` takes.
+
+    On a CPU by the process's own time: what else the machine does must not change who gets how many steps.
+    """
+    clock = "seconds" if torch.accelerator.is_available() else "cpu_seconds"
+    per_step = [statistics.mean(getattr(run, clock) / run.steps for run in some) for some in (runs, beside)]
+    return max(per_step[0] / per_step[1], 1.0)

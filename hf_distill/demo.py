@@ -1,6 +1,6 @@
 """`make demo`: a teacher becomes a smaller student, offline, beside the student that had no teacher.
 
-Everything is on the machine: Python's own sources as text (held out by module) and a small pretrained teacher. Every row
+All of it is on the machine: Python's own sources as text (held out by module) and a small pretrained teacher. Each row
 chooses its learning rate from the same three on validation, then runs again with another seed and the same rate.
 """
 
@@ -17,7 +17,7 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from hf_distill.comparison import MEASURES, Comparison, Run, mean_seconds, token_blocks
+from hf_distill.comparison import MEASURES, Comparison, Run, times_longer, token_blocks
 from hf_distill.embedded.corpus import stdlib_documents
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
@@ -82,9 +82,9 @@ def all_rows(study: Comparison, seconds: float) -> dict[str, list[Run]]:
     with tqdm(total=total, unit="step", dynamic_ncols=True) as study.bar:
         for row in (ALONE, KL, TAID_ROW):
             rows[row] = study.row(row, steps)
-        longer = round(steps * mean_seconds(rows[KL]) / mean_seconds(rows[ALONE]))  # by the time really spent
+        longer = round(steps * times_longer(rows[KL], rows[ALONE]))  # by the time really spent
         study.bar.total = (3 * steps + longer) * study.runs_per_row
-        rows[ALONE_TIME] = study.row(ALONE_TIME, max(longer, steps))
+        rows[ALONE_TIME] = study.row(ALONE_TIME, longer)
     return {row: rows[row] for row in OBJECTIVES}
 
 

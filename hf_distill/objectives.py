@@ -26,10 +26,11 @@ class Objective(nn.Module):
     """What a student is trained for. Subclasses give `logit_terms`, `other_terms`, or both.
 
     Attributes:
-        needs: what it reads of the signals: "logits", "hidden_states", "attentions"; "teacher.x" / "student.x" for one side.
+        needs: what it reads of the signals: "logits", "hidden_states", "attentions"; "teacher.x" / "student.x" for one
+            side.
         per: what its terms are means over: "token" (rows that carry loss), "sample" (documents) or "batch"; a dict
             {term: unit} where terms differ; a name of its own, counted by `count`.
-        couples_batch: why a term depends on which examples meet in a batch (contrastive, transport); None when it does not.
+        couples_batch: why a term depends on which examples meet in a batch (contrastive, transport), or None.
         uses_teacher: False for objectives of the student alone.
         paper: the MethodCard it comes from, for model cards.
         state: what must last between steps and is not trained: plain tensors, moved with the model, never cast, never
@@ -63,7 +64,7 @@ class Objective(nn.Module):
         return {}
 
     def row_weights(self, student: Signals, teacher: Signals | None, progress: float) -> dict[str, Tensor]:
-        """Per logit term (rows,) weights without gradient that select or re-weight rows; the denominator stays the rows."""
+        """Per logit term (rows,) weights without gradient, to select or re-weight rows; the mean still counts all."""
         return {}
 
     def count(self, batch: dict) -> dict[str, int]:
@@ -71,7 +72,7 @@ class Objective(nn.Module):
         return {}
 
     def after_step(self, terms: dict[str, Tensor], progress: float) -> None:
-        """Once per optimizer step: its own terms as global unweighted means over the accumulation window and all ranks."""
+        """Once per optimizer step: its own terms as unweighted means over the accumulation window and all ranks."""
 
     def logs(self) -> dict[str, Tensor | float]:
         """Extra values to log, read at logging steps only."""
@@ -225,7 +226,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def scheduled(schedule: str, start: float, end: float | None, progress: float) -> float:
-    """Value between `start` (progress 0) and `end` (progress 1) along a schedule of SCHEDULES; None as end stays at start."""
+    """Value between `start` (progress 0) and `end` (progress 1) along a schedule of SCHEDULES; without `end`, start."""
     if end is None:
         return start
     return start + (end - start) * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))
@@ -256,7 +257,7 @@ class LogitKD(Objective):
         per: "token" or "sample".
 
     Raises:
-        ValueError: unknown divergence or schedule, a negative weight, all weights zero, a temperature that is not positive.
+        ValueError: unknown divergence or schedule, a negative weight, all weights zero, a temperature not positive.
     """
 
     def __init__(
@@ -312,7 +313,6 @@ class LogitKD(Objective):
         if self.t_squared:
             kd *= self.temperature_at(progress) ** 2
         return {"label": self.label_weight, "kd": kd}
-
 
 
 class FeatureKD(Objective):

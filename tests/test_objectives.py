@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers import tiny_llama
 from torch import nn
 
 from hf_distill import FeatureKD, LogitKD, NextToken, Objective
@@ -15,6 +14,7 @@ from hf_distill import objectives as module
 from hf_distill.losses import LabelCrossEntropy, ReverseKL, reverse_kl
 from hf_distill.objectives import SCHEDULES, Sum, hidden_size, sample_row_weights, scheduled
 from hf_distill.signals import HeadLogits, Rows, Signals
+from tests.helpers import tiny_llama
 
 N, H, V = 6, 4, 11
 

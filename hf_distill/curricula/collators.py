@@ -15,8 +15,8 @@ class DataCollatorForDistillation:
     """Wraps any collator and adds, once per batch, what every distillation loss needs.
 
     Added keys: `loss_rows` (N,), `row_labels` (N,), `row_document` (N,), `document_example` (D,): see `signals.Rows`.
-    A feature's `teacher_`-prefixed inputs are collated by the same collator into `teacher_` keys, with rows of their own
-    where they have labels. Cached columns arrive under `cached_<name>`, cut to the loss rows where they are per token.
+    A feature's `teacher_`-prefixed inputs are collated by the same collator into `teacher_` keys, with rows of their
+    own where they have labels. Cached columns arrive under `cached_<name>`, those per token cut to the loss rows.
 
     Args:
         base: the collator that pads, packs or processes images; it must return `labels`.
@@ -83,8 +83,9 @@ class DataCollatorForDistillation:
             if ids is not None and ids.numel() and int(ids.max()) >= self.vocabulary:
                 where = (ids >= self.vocabulary).nonzero()[0].tolist()
                 raise ValueError(
-                    f"{key} holds token id {int(ids[tuple(where)])} (row {where[0]}, position {where[1]} of a batch), but "
-                    f"student and teacher share only ids 0 to {self.vocabulary - 1}: tokenise with the models' own tokenizer"
+                    f"{key} holds token id {int(ids[tuple(where)])} (row {where[0]}, position {where[1]} of a batch), "
+                    f"but student and teacher share only ids 0 to {self.vocabulary - 1}: tokenise with the models' own "
+                    "tokenizer"
                 )
 
 

@@ -46,7 +46,8 @@ class TeacherAgreementCallback(DistillCallback):
     """Logs how far the student is from its teacher on training batches: `agreement` (top-1) and `teacher_kl`.
 
     Args:
-        every: measure every so many steps; None takes `logging_steps`. Costs one more projection of those steps.
+        every: measure every so many steps; None takes `logging_steps`. Costs one more projection of those steps. Given,
+            what a killed run had measured since its last log is lost.
     """
 
     def __init__(self, every: int | None = None):

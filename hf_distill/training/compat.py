@@ -22,8 +22,8 @@ from torch.utils.data import BatchSampler
 class ForwardRedirection:
     """Run any function of a wrapped model inside its wrapper's forward, so that DDP's and FSDP's hooks fire.
 
-    The wrapped module's `forward` is swapped for the length of one call (the construction of TRL's `_ForwardRedirection`).
-    What `function` returns passes through the wrapper as the forward's output, so it must hold the loss.
+    The wrapped module's `forward` is swapped for the length of one call, as TRL's `_ForwardRedirection` does. What
+    `function` returns passes through the wrapper as the forward's output, so it must hold the loss.
     """
 
     def __call__(self, wrapper: nn.Module, original: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -78,12 +78,11 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
         remedy = "Give a folder with config.json and safetensors weights, or a Hub id"
         if "trust_remote_code" in str(error):
             remedy = "It needs code of its own: if you trust that code, set trust_remote_code" + (
-                ' in teacher_model_init_kwargs (\'{"trust_remote_code": true}\')' if what == "teacher" else ""
+                " in teacher_model_init_kwargs ('{\"trust_remote_code\": true}')" if what == "teacher" else ""
             )
         looked = "a folder" if os.path.isdir(path) else "a Hub id (there is no folder of that name)"
         raise ValueError(
-            f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. "
-            f"{remedy}"
+            f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. {remedy}"
         ) from error
 
 
@@ -138,7 +137,7 @@ def is_sharded(accelerator) -> bool:
 
 
 def real_samples(accelerator) -> int | None:
-    """How many samples of this rank's batch are not repeats that even out the ranks; None when none can be (not the last)."""
+    """How many samples of this rank's last batch are not repeats to even out the ranks; None: all are."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader:
         return None
@@ -161,8 +160,8 @@ def check_dataloading(accelerator) -> None:
     for name, refused in (("dispatch_batches", True), ("split_batches", True), ("even_batches", False)):
         if getattr(config, name) is refused:
             raise ValueError(
-                f"accelerator_config {name}={refused} gives ranks parts of a batch or unequal numbers of batches, which "
-                f"exact scaling cannot count: set {name}={not refused}"
+                f"accelerator_config {name}={refused} gives ranks parts of a batch or unequal numbers of batches, "
+                f"which exact scaling cannot count: set {name}={not refused}"
             )
 
 
@@ -170,8 +169,8 @@ def check_dataloading(accelerator) -> None:
 def before_training(trainer):
     """Evaluate a model that no `train()` has wrapped yet, and leave it so that a later one wraps it.
 
-    Trainer alone marks it as prepared for good: on several ranks `train()` would then run without DDP, each rank on its own
-    gradients, without a word; under FSDP2 it raises.
+    Trainer alone marks it as prepared for good: on several ranks `train()` would then run without DDP, each rank on its
+    own gradients, without a word; under FSDP2 it raises.
     """
     accelerator = trainer.accelerator
     if accelerator._models:
@@ -196,7 +195,7 @@ def before_training(trainer):
 
 
 def find_unused_parameters(accelerator) -> None:
-    """DDP takes parameters without a gradient for granted; Trainer's own setting is read before the objective is known."""
+    """Let DDP live with parameters without a gradient; Trainer reads its setting before the objective is known."""
     if accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = True
 

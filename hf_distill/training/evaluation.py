@@ -47,7 +47,9 @@ class EvaluatesExactly:
             if prediction_loss_only:
                 return loss, None, None
             if logits is None or batch is not inputs:
-                plain = {k: v for k, v in inputs.items() if k != "labels" and k not in ADDED and not k.startswith(PREFIX)}
+                plain = {
+                    k: v for k, v in inputs.items() if k != "labels" and k not in ADDED and not k.startswith(PREFIX)
+                }
                 with self.accelerator.autocast():
                     logits = model(**plain).logits
         return loss, logits.detach(), inputs.get("labels")
@@ -63,7 +65,9 @@ class EvaluatesExactly:
         loss = sum(term.value * term.weight for term in terms.values())
         return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         if self.objective is not None:
             self._eval_totals = {}
             if prediction_loss_only is None:
@@ -83,7 +87,12 @@ class EvaluatesExactly:
         if not names:
             return {}
         packed = torch.stack(
-            [torch.stack([torch.as_tensor(self._eval_totals[n][i], device=self.args.device).double() for i in (0, 1)]) for n in names]
+            [
+                torch.stack(
+                    [torch.as_tensor(self._eval_totals[n][i], device=self.args.device).double() for i in (0, 1)]
+                )
+                for n in names
+            ]
         )
         packed = self.accelerator.reduce(packed, "sum")
         metrics, loss = {}, 0.0
@@ -91,7 +100,9 @@ class EvaluatesExactly:
             _, _, weight, only_observed = self._eval_totals[name]
             mean = total / max(count, 1)
             if mean != mean or abs(mean) == float("inf"):
-                raise FloatingPointError(f"term {name!r} is NaN or infinite in evaluation at step {self.state.global_step}")
+                raise FloatingPointError(
+                    f"term {name!r} is NaN or infinite in evaluation at step {self.state.global_step}"
+                )
             loss += 0.0 if only_observed else float(weight) * mean
             metrics[f"{prefix}_{name}"] = mean
         self._eval_totals = None

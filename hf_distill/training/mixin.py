@@ -106,21 +106,27 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         missing = objective.needs_of("teacher") - teacher.gives
         if missing:
             raise ValueError(
-                f"{type(objective).__name__} needs {', '.join(sorted(missing))} of its teacher, {type(teacher).__name__} "
-                f"gives only {', '.join(sorted(teacher.gives))}: use a FrozenTeacher, or another objective"
+                f"{type(objective).__name__} needs {', '.join(sorted(missing))} of its teacher, "
+                f"{type(teacher).__name__} gives only {', '.join(sorted(teacher.gives))}: use a FrozenTeacher, or "
+                "another objective"
             )
         if "logits" in objective.needs_of("teacher"):
             teacher.check()
         ours, theirs = getattr(self.model.config, "num_labels", None), getattr(teacher.config, "num_labels", None)
-        if not has_row_labels(self.model) and "logits" in objective.needs and None not in (ours, theirs) and ours != theirs:
+        if (
+            not has_row_labels(self.model)
+            and "logits" in objective.needs
+            and None not in (ours, theirs)
+            and ours != theirs
+        ):
             raise ValueError(f"the student has {ours} classes and the teacher {theirs}: give both the same num_labels")
 
     def _check_settings(self) -> None:
-        """What would be ignored, or fed to ranks so that repeated or uneven rows cannot be told apart, is refused by name."""
+        """Refused by name: what would be ignored, and ways of feeding ranks that hide repeated or uneven rows."""
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs: start one process each with accelerate launch, or show it one "
-                "(CUDA_VISIBLE_DEVICES=0); torch.nn.DataParallel is not supported"
+                f"one process sees {self.args.n_gpu} GPUs: start one process each with accelerate launch, or show it "
+                "one (CUDA_VISIBLE_DEVICES=0); torch.nn.DataParallel is not supported"
             )
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor does not apply, the objective is the loss: set it to 0")
@@ -166,7 +172,9 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
                 mine = [p for p in group["params"] if id(p) in own]
                 if mine:
                     group["params"] = [p for p in group["params"] if id(p) not in own]
-                    optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, "params": mine, "lr": rate})
+                    optimizer.add_param_group(
+                        {**{k: v for k, v in group.items() if k != "params"}, "params": mine, "lr": rate}
+                    )
         return optimizer
 
     # ---- events ------------------------------------------------------------------------------------------------------
@@ -199,7 +207,9 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         with self.accelerator.autocast():
             teacher = None
             if self.teacher is not None and (objective.uses_teacher or observed):
-                teacher = self.teacher(batch, objective.needs_of("teacher") | (frozenset({"logits"}) if observed else frozenset()))
+                teacher = self.teacher(
+                    batch, objective.needs_of("teacher") | (frozenset({"logits"}) if observed else frozenset())
+                )
                 self._dispatch("on_teacher_forward", teacher=teacher, batch=batch)
             needs = objective.needs_of("student") | (frozenset({"logits"}) if observed else frozenset())
             student = collect(model, batch, needs, rows_of(batch), dense=self._dense)
@@ -250,9 +260,13 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
     def _count_window(self, batches: list[dict], device: torch.device) -> None:
         counts = [self._counts(batch) for batch in batches]
         units = sorted(set().union(*counts)) if counts else []
-        totals = torch.tensor([sum(c.get(u, 0) for c in counts) for u in units], dtype=torch.int64).to(device, non_blocking=True)
+        totals = torch.tensor([sum(c.get(u, 0) for c in counts) for u in units], dtype=torch.int64).to(
+            device, non_blocking=True
+        )
         seen = [_tokens_in(batch, device) for batch in batches]
-        totals = self.accelerator.reduce(torch.cat([totals, sum(seen, torch.zeros(1, dtype=torch.int64, device=device))]), "sum")
+        totals = self.accelerator.reduce(
+            torch.cat([totals, sum(seen, torch.zeros(1, dtype=torch.int64, device=device))]), "sum"
+        )
         self._tokens = self._tokens + totals[-1] // self.get_tp_size()
         self._window = dict(zip(units, totals[:-1].clamp(min=1).float().unbind(), strict=True))
 

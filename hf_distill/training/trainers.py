@@ -244,6 +244,8 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
                 "preference distillation needs a teacher model as its reference: pass teacher= a model or path, or "
                 f"--teacher_model_name_or_path; got {type(teacher).__name__}"
             )
+        if args.measure_teacher_fidelity:
+            raise ValueError("measure_teacher_fidelity does not read preference pairs: use it in DistillSFTTrainer")
         check_dataset(train_dataset, "train")
         model, processing_class = load_student(model, args, processing_class, quantization_config)
         check_pair(model, teacher, processing_class, train_dataset, args)

@@ -1,6 +1,6 @@
 """Runs many cases in one pair of processes and writes what each found; started by torchrun, read by the tests.
 
-    torchrun --nproc_per_node 2 tests/training/distributed_worker.py OUTPUT
+torchrun --nproc_per_node 2 tests/training/distributed_worker.py OUTPUT
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import IterableDataset
 from safetensors.torch import save_file
-from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
-from tests.training.scaling_cases import Case, before_trainer, build, by_trainer, mixed_objective, plain, whole
 from torch import nn
 
 from hf_distill import DistillSFTTrainer, FeatureKD, FrozenTeacher, LogitKD
+from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
+from tests.training.scaling_cases import Case, before_trainer, build, by_trainer, mixed_objective, plain, whole
 
 FSDP2 = dict(
     fsdp=True,
@@ -32,6 +32,7 @@ FSDP2 = dict(
     },
 )
 NO_CHECKPOINTING = dict(gradient_checkpointing=False)
+BETWEEN = dict(eval_strategy="steps", eval_steps=1)
 
 CASES = {
     "full": Case(per_device=4, eval_size=4),
@@ -39,7 +40,7 @@ CASES = {
     "ragged": Case(rows=7, per_device=4, eval_size=4),
     "ragged_split": Case(rows=7, per_device=1, accumulation=4, eval_size=3),
     "ragged_pairs": Case(rows=5, per_device=2, accumulation=2, eval_size=4),
-    "evaluated_first": Case(rows=7, per_device=4, eval_size=4, evaluate_first=True),
+    "evaluated_first": Case(rows=7, per_device=4, eval_size=4, evaluate_first=True, settings=BETWEEN),
     "lora": Case(part="lora", rows=7, per_device=2, accumulation=2, eval_size=2),
     "head": Case(part="head", per_device=4, eval_size=4),
     "packed": Case(packing=True, per_device=1, accumulation=4, eval_size=2),
@@ -51,7 +52,7 @@ CASES = {
         rows=7, per_device=2, accumulation=2, eval_size=2, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING
     ),
     "fsdp2_evaluated_first": Case(
-        per_device=4, eval_size=4, evaluate_first=True, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING
+        per_device=4, eval_size=4, evaluate_first=True, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING | BETWEEN
     ),
     "fsdp2_checkpointing": Case(per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2),
     "fsdp2_lora": Case(part="lora", per_device=4, eval_size=4, strategy="fsdp2", settings=FSDP2 | NO_CHECKPOINTING),
@@ -80,7 +81,12 @@ def fresh_state() -> None:
 def trained(case: Case, objective, teacher_layers: int = 3, dtype=torch.float32, steps: int = 3, **settings):
     """A trainer after a few Adam steps; ranks may have made different objectives, which must end equal."""
     args = sft_arguments(
-        tempfile.mkdtemp(), per_device_train_batch_size=2, max_steps=steps, learning_rate=1e-2, lr_scheduler_type="constant", **case.settings | settings
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        **case.settings | settings,
     )
     before_trainer(case)
     trainer = DistillSFTTrainer(
@@ -123,9 +129,11 @@ def low_precision_student(case: Case) -> dict:
     trainer = trained(case, LogitKD() + FeatureKD(), dtype=torch.bfloat16)
     trainer.train()
     dtypes = {plain(n): str(p.dtype) for n, p in trainer.model.named_parameters()}
-    return of_objective(trainer) | {"dtypes": sorted({v for k, v in dtypes.items()})} | {
-        "projector": next(v for k, v in dtypes.items() if "distill_objective" in k)
-    }
+    return (
+        of_objective(trainer)
+        | {"dtypes": sorted({v for k, v in dtypes.items()})}
+        | {"projector": next(v for k, v in dtypes.items() if "distill_objective" in k)}
+    )
 
 
 def stream(case: Case) -> dict:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tests.helpers import SGD, plain_arguments, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
 
 from hf_distill import AdapterOffTeacher, DistillSFTTrainer, DistillTrainer, FeatureKD, FrozenTeacher, LogitKD
 from hf_distill.training.saving import KEY
+from tests.helpers import SGD, plain_arguments, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 STEPS = 2
 TEMPERATURE = 2.0
@@ -330,7 +330,9 @@ def by_trainer(case: Case, folder, trainer=None) -> tuple[dict[str, Tensor], dic
         "wrapper": type(trainer.model_wrapped).__name__,
         "steps": trainer.state.global_step,
         "teacher": type(getattr(trainer.teacher, "model", trainer.teacher)).__name__,
-        "terms_logged": sorted({tuple(sorted(k for k in l if "/" in k)) for l in trainer.state.log_history if "loss" in l}),
+        "terms_logged": sorted(
+            {tuple(sorted(k for k in line if "/" in k)) for line in trainer.state.log_history if "loss" in line}
+        ),
     }
     return out, facts
 

@@ -206,6 +206,19 @@ def test_different_numbers_of_classes_are_compared(tmp_path):
     assert isinstance(trainer.args, DistillConfig) and trainer.args.max_steps == 1  # taken over
 
 
+def test_two_trainings_run_into_one_folder(tmp_path, monkeypatch):
+    args = sft_arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what torchrun promises, had no accelerator been found
+    with pytest.raises(RuntimeError, match="started 2 processes, but each trains alone.*ACCELERATE_USE_CPU"):
+        DistillSFTTrainer(
+            tiny_llama(),
+            teacher=tiny_llama(seed=1),
+            args=args,
+            train_dataset=text_dataset(2),
+            processing_class=tiny_tokenizer(),
+        )
+
+
 # ---- one tokenizer, heads padded differently -------------------------------------------------------------------------
 @pytest.mark.parametrize("student_entries, teacher_entries", [(64, 72), (72, 64)])
 def test_padded_vocabularies_are_refused_or_compared_wrongly(tmp_path, student_entries, teacher_entries):

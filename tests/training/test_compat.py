@@ -9,16 +9,16 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, DataLoaderStateMixin, SkipBatchSampler
 from accelerate.state import GradientState
 from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, fsdp_utils
-from tests.helpers import tiny_llama
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from trl import DPOTrainer, SFTTrainer
 
 from hf_distill.training import compat
 from hf_distill.training.trainers import DistillDPOTrainer, DistillSFTTrainer, DistillTrainer
+from tests.helpers import tiny_llama
 
 # hooks whose parent must call them: an override of a name that is gone would silently do nothing
 OVERRIDDEN = {
@@ -58,7 +58,9 @@ def test_every_overridden_hook_exists(parent):
         assert callable(getattr(parent, name, None)), f"{parent.__name__}.{name} is gone"
 
 
-@pytest.mark.parametrize("ours, parent", [(DistillTrainer, Trainer), (DistillSFTTrainer, SFTTrainer), (DistillDPOTrainer, DPOTrainer)])
+@pytest.mark.parametrize(
+    "ours, parent", [(DistillTrainer, Trainer), (DistillSFTTrainer, SFTTrainer), (DistillDPOTrainer, DPOTrainer)]
+)
 def test_every_override_takes_what_its_parent_is_given(ours, parent):
     checked = set()
     for cls in ours.__mro__[: ours.__mro__.index(parent)]:
@@ -68,7 +70,11 @@ def test_every_override_takes_what_its_parent_is_given(ours, parent):
                 continue
             mine, theirs = inspect.signature(function).parameters, inspect.signature(above).parameters
             takes_rest = any(p.kind is p.VAR_KEYWORD for p in mine.values())
-            missing = [n for n in theirs if n not in mine and not takes_rest and theirs[n].kind is not inspect.Parameter.VAR_KEYWORD]
+            missing = [
+                n
+                for n in theirs
+                if n not in mine and not takes_rest and theirs[n].kind is not inspect.Parameter.VAR_KEYWORD
+            ]
             assert not missing, f"{cls.__name__}.{name} does not take {missing}"
             if name not in OVERRIDDEN[Trainer]:
                 continue
@@ -82,7 +88,9 @@ def test_names_that_are_only_read_exist():
     for name in READ:
         assert callable(getattr(Trainer, name, None)), name
     for text, cls in SOURCES.items():
-        source = "".join(inspect.getsource(c) for c in cls.__mro__[:-1] if c.__module__.startswith(("transformers.trainer", "trl")))
+        source = "".join(
+            inspect.getsource(c) for c in cls.__mro__[:-1] if c.__module__.startswith(("transformers.trainer", "trl"))
+        )
         assert text in source, f"{cls.__name__} no longer has {text}"
 
 
@@ -179,7 +187,7 @@ def test_every_row_is_real_on_exactly_one_rank(rows, size, skip):
 
 
 def test_nothing_is_repeated_where_the_last_batch_is_dropped():
-    for batch in loader(7, 2, rank=1, drop_last=True):
+    for _ in loader(7, 2, rank=1, drop_last=True):
         assert compat.real_samples(Ranks()) is None
 
 
@@ -198,6 +206,8 @@ def test_accelerator_has_what_compat_sets():
     assert isinstance(accelerator.dataloader_config, DataLoaderConfiguration)
     for name in ("dispatch_batches", "split_batches", "even_batches"):
         assert hasattr(accelerator.dataloader_config, name) and hasattr(Accelerator, name)
+    compat.check_dataloading(accelerator)
+    assert accelerator.dispatch_batches is False, "one rank would read a stream and cut the batch for the others"
     assert accelerator.ddp_handler is None or hasattr(accelerator.ddp_handler, "find_unused_parameters")
     assert compat.is_sharded(accelerator) is False
     assert "ddp_handler" in inspect.getsource(Accelerator.prepare_model)

@@ -75,6 +75,8 @@ def test_a_preference_run_without_a_teacher_starts(tmp_path):
             ValueError, match="preference distillation needs a teacher model as its reference: .*--teacher"
         ):
             make_trainer(tmp_path, given)
+    with pytest.raises(ValueError, match="measure_teacher_fidelity does not read preference pairs"):
+        make_trainer(tmp_path, tiny_llama(seed=1), measure_teacher_fidelity=1)
     with pytest.raises(ValueError, match="tokenizers differ: id 64"):
         other = tiny_tokenizer()
         other.add_tokens(["extra"])

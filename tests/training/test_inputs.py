@@ -4,8 +4,6 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
-from tests.training.scaling_cases import Recorder, compare
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import (
     CLIPImageProcessorPil,
@@ -16,6 +14,8 @@ from transformers import (
 )
 
 from hf_distill import DistillCallback, DistillSFTTrainer, FeatureKD, FrozenTeacher, LogitKD
+from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
+from tests.training.scaling_cases import Recorder, compare
 
 STEP = SGD | dict(num_train_epochs=1, per_device_train_batch_size=8, per_device_eval_batch_size=8)
 

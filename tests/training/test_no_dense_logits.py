@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from tests.helpers import sft_arguments, tiny_llama, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_distill import DistillSFTTrainer, FeatureKD, FrozenTeacher, LogitKD
+from tests.helpers import sft_arguments, tiny_llama, tiny_tokenizer
 
 VOCABULARY, TOKENS = 4096, 256
 

@@ -271,13 +271,14 @@ def test_the_best_model_comes_back_without_its_objective(tmp_path, lora):
     assert abs(trainer.evaluate()["eval_loss"] - trainer.state.best_metric) < 1e-6
 
 
-def test_old_checkpoints_pile_up_or_the_half_written_one_counts(finished, tmp_path):
+def test_a_half_written_checkpoint_is_kept_in_place_of_a_whole_one(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / "checkpoint-4" / "trainer_state.json").unlink()
-    trainer = make_trainer(folder, max_steps=8, save_total_limit=2)
-    trainer.train(resume_from_checkpoint=True)
-    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    (folder / "checkpoint-4").rename(folder / "checkpoint-3")  # a step at which this run does not save
+    (folder / "checkpoint-3" / "trainer_state.json").unlink()
+    (folder / "checkpoint-3" / "now").touch()
+    make_trainer(folder, max_steps=4, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
 # ---- what must stop a save -------------------------------------------------------------------------------------------

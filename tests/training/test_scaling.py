@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from hf_distill import (
+    DataCollatorForDistillation,
+    DistillSFTTrainer,
+    FrozenTeacher,
+    LogitKD,
+    NextToken,
+    Objective,
+)
+from hf_distill.losses import DIVERGENCES, one_term
+from hf_distill.training import compat
 from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 from tests.training.scaling_cases import Case, by_hand, by_trainer, compare, examples
-from torch import Tensor
-
-from hf_distill import DistillSFTTrainer, FrozenTeacher, LogitKD, NextToken, Objective
-from hf_distill.losses import DIVERGENCES, one_term
 
 TOLERANCE = 1e-5
 SPLITS = {"8x1": (8, 1), "4x2": (4, 2), "1x8": (1, 8)}
@@ -96,14 +105,21 @@ def simple_trainer(folder, objective=None, train=None, **settings):
 def test_evaluation_does_not_depend_on_its_batch_size_or_padding(tmp_path):
     trainer = simple_trainer(tmp_path, LogitKD(label_weight=0.5) + LogitKD("tvd", per="sample"))
     data = trainer._prepare_dataset(
-        text_dataset(7, seed=8), trainer.processing_class, trainer.args, packing=False, formatting_func=None, dataset_name="e"
+        text_dataset(7, seed=8),
+        trainer.processing_class,
+        trainer.args,
+        packing=False,
+        formatting_func=None,
+        dataset_name="e",
     )
     found = []
     for size in (1, 3, 7):
         trainer.args.per_device_eval_batch_size = size
         metrics = trainer.evaluate(data)
         found.append({k: v for k, v in metrics.items() if not k.endswith("second") and "runtime" not in k})
-    assert {"eval_loss", "eval_teacher_kl", "eval_agreement", "eval_cross_entropy", "eval_logitkd1/kd"} <= found[0].keys()
+    assert {"eval_loss", "eval_teacher_kl", "eval_agreement", "eval_cross_entropy", "eval_logitkd1/kd"} <= found[
+        0
+    ].keys()
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
 
@@ -181,6 +197,30 @@ def test_the_gradient_of_a_step_ignores_the_micro_batches_of_the_step_before(tmp
     for line in lines:
         terms = line["loss/kd"] + 0.5 * line["loss/label"]
         assert line["loss"] == pytest.approx(terms, rel=1e-5)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_of_repeated_examples_leave_with_all_that_describes_them(padding_free, tmp_path, monkeypatch):
+    """Two of three examples are real: their rows, cached entries and the teacher's own rows stay, the third's go."""
+    base = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    trainer = simple_trainer(tmp_path)
+    trainer.data_collator = DataCollatorForDistillation(base, token_columns=("topk",))
+    features = []
+    for length in (3, 5, 4):
+        ids = list(range(3, 3 + length))
+        features.append({"input_ids": ids, "labels": ids, "topk": [[i] for i in ids]})
+        features[-1] |= {"teacher_input_ids": [1, *ids], "teacher_labels": [-100, -100, *ids[1:]]}
+    batch, real = trainer.data_collator(features), trainer.data_collator(features[:2])
+    monkeypatch.setattr(compat, "real_samples", lambda accelerator: 2)
+    cut = trainer._without_repeats(batch)
+    for key in ("row_labels", "row_document", "document_example", "cached_topk"):
+        assert torch.equal(cut[key], real[key]), key
+    assert torch.equal(cut["teacher_row_labels"], real["teacher_row_labels"])
+    at_rows = cut["input_ids"].flatten()[cut["loss_rows"]]
+    assert torch.equal(at_rows, cut["cached_topk"].flatten())
+    assert trainer._counts(cut) == {"token": 6, "sample": 2, "batch": 1}
+    monkeypatch.setattr(compat, "real_samples", lambda accelerator: 0)
+    assert trainer._counts(trainer._without_repeats(batch)) == {"token": 0, "sample": 0, "batch": 0}
 
 
 def test_settings_that_would_be_ignored_are_refused(tmp_path):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+
 from tests.helpers import text_dataset
 from tests.training.distributed_worker import CASES, build_stream
 from tests.training.scaling_cases import Case, by_hand, compare
@@ -29,9 +30,22 @@ def free_port() -> int:
 def ran(tmp_path_factory):
     """The folder of results, and the facts of each case."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": ROOT,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         [*command, os.path.join(ROOT, "tests/training/distributed_worker.py"), str(folder)],
         env=environment,
