@@ -1,6 +1,6 @@
-"""Train the embedded tokenizer and teacher from nothing, on one CPU core in about an hour.
+"""Train the embedded tokenizer and teacher from nothing, on one CPU core in 72 minutes.
 
-    python -m hf_distill.embedded.make_teacher --minutes 55
+    python -m hf_distill.embedded.make_teacher --minutes 72
 
 The teacher is a small Llama that continues Python source. It learns from the train split of `corpus.py`, is watched on
 validation and judged on test.
@@ -14,6 +14,7 @@ import platform
 import random
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -24,12 +25,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_distill.embedded.corpus import stdlib_documents
+from hf_distill.embedded.corpus import SPLITS, stdlib_documents
 
 HERE = Path(__file__).parent
 VOCABULARY = 2048
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
-CONTEXT, WINDOW, BATCH = 512, 256, 8
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A share of the budget with windows of one length, under its own warm-up and cosine."""
+
+    window: int
+    batch: int
+    share: float
+    rate: float  # of the peak learning rate
+
+
+# Short windows see more text per second; without the second stage the teacher is lost past the 256th token.
+STAGES = (Stage(window=256, batch=8, share=0.8, rate=1.0), Stage(window=CONTEXT, batch=4, share=0.2, rate=0.5))
 
 # A line break takes the indentation that follows it; words, digits and punctuation take one space before them.
 SOURCE_PATTERN = r"(?:\r?\n)+[ \t]*| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -92,15 +107,15 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[in
     return [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
 
-def epochs(documents: list[list[int]], seed: int):
-    """Batches (BATCH, WINDOW + 1) without end: each epoch in a new order, packed, cut into windows at a new offset."""
-    generator = random.Random(seed)
+def epochs(documents: list[list[int]], stage: Stage, seed: int):
+    """Batches (batch, window + 1) without end: each epoch in a new order, packed, cut into windows at a new offset."""
+    generator = random.Random(seed + stage.window)
     while True:
         order = generator.sample(documents, len(documents))
-        stream = torch.tensor([token for document in order for token in document])[generator.randrange(WINDOW) :]
-        windows = stream.unfold(0, WINDOW + 1, WINDOW)
-        for rows in torch.tensor(generator.sample(range(len(windows)), len(windows))).split(BATCH):
-            if len(rows) == BATCH:
+        stream = torch.tensor([token for document in order for token in document])
+        windows = stream[generator.randrange(stage.window) :].unfold(0, stage.window + 1, stage.window)
+        for rows in torch.tensor(generator.sample(range(len(windows)), len(windows))).split(stage.batch):
+            if len(rows) == stage.batch:
                 yield windows[rows]
 
 
@@ -145,7 +160,7 @@ def cross_entropy(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up for the first 3 % of the budget, then a cosine to 2 % of the peak."""
+    """Linear warm-up for the first 3 % of the stage, then a cosine to 2 % of the peak."""
     if progress < 0.03:
         return peak * progress / 0.03
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.03) / 0.97)))
@@ -180,6 +195,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     half.generation_config = model.generation_config
     half.save_pretrained(fresh)
     save_tokenizer(tokenizer, fresh)
+    (fresh / "model.safetensors").chmod(0o644)
     (fresh / "README.md").write_text(readme)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
@@ -207,10 +223,37 @@ another Python version gives slightly different numbers.
 """
 
 
+def train(model, documents, stage: Stage, arguments, say) -> str:
+    """One stage to the end of its share of the budget; `say` is called now and then. Returns what was done, in words."""
+    optimizer = optimizer_for(model, arguments.weight_decay)
+    started = last = time.monotonic()
+    steps, recent = 0, []
+    for batch in epochs(documents, stage, arguments.seed):
+        elapsed = time.monotonic() - started
+        if arguments.steps:
+            progress = steps / (stage.share * arguments.steps)
+        else:
+            progress = elapsed / (stage.share * 60 * arguments.minutes)
+        if progress >= 1:
+            break
+        peak = stage.rate * arguments.learning_rate
+        recent.append(step(model, optimizer, batch, learning_rate(progress, peak)))
+        steps += 1
+        if steps % 50 == 0:
+            speed = steps * stage.batch * stage.window / elapsed
+            print(f"{progress:6.1%} step {steps} loss {sum(recent) / len(recent):.4f} {speed:.0f} tokens/s", flush=True)
+            recent.clear()
+        if time.monotonic() - last > 60 * arguments.save_minutes:
+            say("unfinished")
+            last = time.monotonic()
+    tokens = steps * stage.batch * stage.window
+    return f"{tokens:,} tokens ({steps} steps of {stage.batch} × {stage.window}) in {elapsed:.0f} s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="Folder that gets tokenizer/ and teacher/.")
-    parser.add_argument("--minutes", type=float, default=55.0, help="Wall-clock budget; the schedule follows it.")
+    parser.add_argument("--minutes", type=float, default=72.0, help="Wall-clock budget; the schedule follows it.")
     parser.add_argument("--steps", type=int, help="Budget in steps instead, for a run that repeats exactly.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -222,54 +265,42 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    texts = {split: [d["text"] for d in stdlib_documents(split)] for split in ("train", "validation", "test")}
+    texts = {split: [d["text"] for d in stdlib_documents(split)] for split in SPLITS}
     save_tokenizer(train_tokenizer(texts["train"]), arguments.output / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(arguments.output / "tokenizer")
-    documents = {split: encode(tokenizer, some) for split, some in texts.items()}
-    for split in documents:
-        print(f"{split}: {len(documents[split])} documents, {sum(map(len, documents[split]))} tokens", flush=True)
-
     model = new_teacher(tokenizer, arguments.dropout).train()
-    optimizer = optimizer_for(model, arguments.weight_decay)
-    started = last_save = time.monotonic()
-    steps, recent = 0, []
+    run(model, tokenizer, texts, STAGES, [], arguments)
 
-    def finished_share() -> float:
-        return steps / arguments.steps if arguments.steps else (time.monotonic() - started) / (60 * arguments.minutes)
 
-    def keep(done: bool) -> None:
-        seconds = time.monotonic() - started
-        characters, test_tokens = sum(map(len, texts["test"])), sum(map(len, documents["test"]))
-        loss = cross_entropy(model, documents["test" if done else "validation"])
+def run(model, tokenizer, texts: dict, stages: tuple[Stage, ...], done: list[str], arguments) -> None:
+    """Train through the stages, saving; `done` says what stages before these did."""
+    documents = {split: encode(tokenizer, some) for split, some in texts.items()}
+    tokens = {split: sum(map(len, some)) for split, some in documents.items()}
+    print("tokens", tokens, flush=True)
+
+    def keep(state: str) -> None:
+        split = "test" if state == "finished" else "validation"
+        loss = cross_entropy(model, documents[split])
         figures = {
-            "cross-entropy on test modules" if done else "cross-entropy on validation modules": f"{loss:.4f}",
+            f"cross-entropy on {split} modules": f"{loss:.4f}",
             "perplexity": f"{math.exp(loss):.3f}",
-            "tokens seen": f"{steps * BATCH * WINDOW:,} ({steps} steps of {BATCH} × {WINDOW})",
-            "tokens in the train split": f"{sum(map(len, documents['train'])):,}",
-            "characters per token on test modules": f"{characters / test_tokens:.3f}",
-            "seconds": f"{seconds:.0f} on {arguments.threads} CPU thread(s)",
+            "state": state,
+            **{f"stage {number}": words for number, words in enumerate(done, start=1)},
+            "threads": arguments.threads,
+            "tokens in the train split": f"{tokens['train']:,}",
+            "characters per token on test modules": f"{sum(map(len, texts['test'])) / tokens['test']:.3f}",
             "flags": f"seed {arguments.seed}, learning rate {arguments.learning_rate}, dropout {arguments.dropout}, "
             f"weight decay {arguments.weight_decay}",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}",
         }
         save(model, tokenizer, arguments.output / "teacher", card(model, figures))
-        print(f"saved after {steps} steps: {'test' if done else 'validation'} {loss:.4f}", flush=True)
+        print(f"saved, {state}: {split} {loss:.4f}", flush=True)
 
-    for batch in epochs(documents["train"], arguments.seed):
-        progress = finished_share()
-        if progress >= 1:
-            break
-        recent.append(step(model, optimizer, batch, learning_rate(progress, arguments.learning_rate)))
-        steps += 1
-        if steps % 50 == 0:
-            speed = steps * BATCH * WINDOW / (time.monotonic() - started)
-            print(f"{progress:6.1%} step {steps} loss {sum(recent) / len(recent):.4f} {speed:.0f} tokens/s", flush=True)
-            recent.clear()
-        if time.monotonic() - last_save > 60 * arguments.save_minutes:
-            keep(done=False)
-            last_save = time.monotonic()
-    keep(done=True)
+    for stage in stages:
+        done = [*done, train(model, documents["train"], stage, arguments, keep)]
+        print(done[-1], flush=True)
+    keep("finished")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_distill.methods import MethodCard
 from hf_distill.testing import setup_of
 
-LIMIT = 300.0  # seconds of one run; tiny ones take a few, so beyond it ranks wait for each other
+LIMIT = 180.0  # seconds of one run; tiny ones take a few
 
 
 def import_before_forking(cards: list[MethodCard]) -> None:
@@ -62,7 +62,9 @@ class Case:
         )
         return self.setup.arguments(str(self.folder / run), **plain | settings)
 
-    def trainer(self, run: str, *, rows=17, student=None, teacher=None, callbacks=(), lora=False, eval_rows=7, **settings):
+    def trainer(
+        self, run: str, *, rows=17, student=None, teacher=None, callbacks=(), lora=False, eval_rows=7, **settings
+    ):
         """A trainer of the method, as a user builds it."""
         return self.module.build_trainer(
             student or self.setup.student(),
@@ -102,9 +104,10 @@ class Case:
         for rank, failure in sorted(failed, key=lambda pair: pair[1].when):
             where = f" on rank {rank}" if ranks > 1 else ""
             raise RunFailed(f"{function.__name__.strip('_')}{where} raised\n{failure.text}")
+        hint = ": its ranks probably wait for each other" if ranks > 1 else ""
         for end, result in zip(ends, results, strict=True):
             if end == "late":
-                raise RunFailed(f"{function.__name__.strip('_')} took more than {LIMIT:.0f} s and was killed")
+                raise RunFailed(f"{function.__name__.strip('_')} took more than {LIMIT:.0f} s and was killed{hint}")
             if result is None and end != -signal.SIGKILL:
                 raise RunFailed(f"{function.__name__.strip('_')} ended with {end} and no result")
         return results if ranks > 1 else results[0]

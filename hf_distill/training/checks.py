@@ -166,11 +166,16 @@ def check_has_loss(dataset: Dataset) -> int:
 
 
 def check_launcher(accelerator: Accelerator, args: TrainingArguments | None = None) -> None:
-    """The processes and the strategy that the launcher promised must be those that the trainer got.
+    """The processes and the strategy that the launcher promised must be those that the trainer got."""
+    check_processes(accelerator.num_processes)
+    _check_strategy(accelerator, args)
+
+
+def check_processes(got: int) -> None:
+    """As many processes as the launcher promised; known before anything is loaded.
 
     Several ways of launching look healthy and run one process, or several trainings into one folder.
     """
-    got = accelerator.num_processes
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != got:
         raise RuntimeError(
@@ -178,7 +183,6 @@ def check_launcher(accelerator: Accelerator, args: TrainingArguments | None = No
             f"write {world_size} trainings into one folder. No accelerator was found for them. To train on CPU "
             "processes set ACCELERATE_USE_CPU=true in the environment, or pass --use_cpu true"
         )
-    _check_strategy(accelerator, args)
     if "WORLD_SIZE" not in os.environ:
         promised = _promised_by_accelerate_launch()
         if promised > got:

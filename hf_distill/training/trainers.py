@@ -15,13 +15,24 @@ from hf_distill.heads import is_encoder_decoder
 from hf_distill.objectives import LogitKD, Objective
 from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher, load_teacher
 from hf_distill.training import compat
+from hf_distill.training.checks import check_processes
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
 from hf_distill.training.mixin import DistillMixin
 from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared
 
 
 def arguments_as(kind: type, args, model):
-    """The run's settings as `kind`; plain TrainingArguments are taken over, None gives defaults."""
+    """The run's settings as `kind`; plain TrainingArguments are taken over, None gives defaults.
+
+    Raises:
+        RuntimeError: the launcher promised other processes than there are; said before anything is loaded.
+    """
+    args = _as(kind, args, model)
+    check_processes(args.world_size)
+    return args
+
+
+def _as(kind: type, args, model):
     if isinstance(args, kind):
         return args
     if args is None:

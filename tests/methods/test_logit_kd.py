@@ -130,7 +130,9 @@ def test_a_divergence_trains_for_something_else(name, tmp_path):
     [("linear", 2.5, 4.0, 7.0), ("cosine", 1 + 6 * 0.1464466, 4.0, 7.0), ("constant", 1.0, 1.0, 1.0)],
 )
 def test_a_schedule_moves_otherwise_than_documented(schedule, quarter, half, end):
-    weight = build_objective(LogitKDConfig(kd_weight=1.0, kd_weight_end=7.0, weight_schedule=schedule, label_weight=0.5))
+    weight = build_objective(
+        LogitKDConfig(kd_weight=1.0, kd_weight_end=7.0, weight_schedule=schedule, label_weight=0.5)
+    )
     heat = build_objective(LogitKDConfig(temperature=1.0, temperature_end=7.0, temperature_schedule=schedule))
     for progress, expected in ((0.0, 1.0), (0.25, quarter), (0.5, half), (1.0, end)):
         assert weight.weights(progress) == {"label": 0.5, "kd": pytest.approx(expected)}
@@ -159,7 +161,9 @@ def test_a_schedule_stands_still_in_training(tmp_path):
 def test_the_two_terms_are_projected_twice(monkeypatch):
     projected = []
     tile = HeadLogits.tile
-    monkeypatch.setattr(HeadLogits, "tile", lambda self, *args: projected.append(self.hidden.shape) or tile(self, *args))
+    monkeypatch.setattr(
+        HeadLogits, "tile", lambda self, *args: projected.append(self.hidden.shape) or tile(self, *args)
+    )
     rows = Rows(torch.arange(6), torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), torch.zeros(1))
     sides = [
         Signals(logits=HeadLogits(torch.randn(6, width), torch.randn(9, width)), labels=rows.labels, rows=rows)

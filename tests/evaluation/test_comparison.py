@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hf_distill.comparison import Run, paired, token_blocks
+from hf_distill.evaluation.comparison import Run, paired, token_blocks
 
 from tests.helpers import tiny_tokenizer
 

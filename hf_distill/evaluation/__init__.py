@@ -1,0 +1,1 @@
+"""What training left: measures and fair comparisons."""
