@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, paired, times_longer, token_blocks
 from hf_distill.demo import quiet
+from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, paired, times_longer, token_blocks
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
 from hf_distill.objectives import NextToken

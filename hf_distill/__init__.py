@@ -1,4 +1,4 @@
-"""Knowledge distillation for Hugging Face users: one teacher layer, one objective layer, thin trainers, one file per paper."""
+"""Knowledge distillation for Hugging Face users: one teacher layer, one objective layer, one file per paper."""
 
 from __future__ import annotations
 

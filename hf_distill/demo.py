@@ -17,8 +17,8 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, times_longer, token_blocks
 from hf_distill.embedded.corpus import stdlib_documents
+from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, times_longer, token_blocks
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
 from hf_distill.objectives import NextToken

@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         index: (N,) int64 into the flattened (B * S) positions; row i predicts `labels[i]`.
         labels: (N,) int64, never -100.
-        document: (N,) int64, the number of the row's document inside the batch, 0 to D - 1 (a packed row holds several).
+        document: (N,) int64, the number of the row's document inside the batch, 0 to D - 1 (packed rows hold several).
         example: (D,) int64, the dataset example inside the batch that each document came from.
     """
 
@@ -83,8 +83,8 @@ class SparseLogits:
     Attributes:
         ids: (..., k) int64. Padding slots repeat any id and carry -inf.
         log_probs: (..., k) float, normalised over the full vocabulary (at the temperature they were stored with).
-        tail: what the other entries are: "bucket" (one entry with the rest of the mass; the default), "renorm" (both sides
-            renormalised on the support) or "ignore" (left out; biased).
+        tail: what the other entries are: "bucket" (one entry with the rest of the mass; the default), "renorm" (both
+            sides renormalised on the support) or "ignore" (left out; biased).
     """
 
     ids: Tensor

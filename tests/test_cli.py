@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+
 from hf_distill.cli import main
 from hf_distill.methods import METHODS
 

@@ -168,3 +168,14 @@ def test_the_teacher_generates_text_from_its_own_settings(tokenizer):
     prompt = tokenizer("import os\nimport sys\n\ndef main(", return_tensors="pt")
     written = teacher.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert prompt["input_ids"].shape[1] < written.shape[1] <= prompt["input_ids"].shape[1] + 8
+
+
+def test_the_teacher_uses_its_whole_context(tokenizer):
+    teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher", dtype=torch.float32).eval()
+    context = teacher.config.max_position_embeddings
+    text = "".join(d["text"] for d in stdlib_documents("test", max_characters=100_000))
+    windows = torch.tensor(tokenizer(text, verbose=False)["input_ids"]).unfold(0, context + 1, context)[:32]
+    with torch.no_grad():
+        logits = teacher(windows[:, :-1]).logits
+    loss = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(0)
+    assert loss[-context // 4 :].mean() < loss[: context // 4].mean() + 0.3

@@ -224,7 +224,7 @@ another Python version gives slightly different numbers.
 
 
 def train(model, documents, stage: Stage, arguments, say) -> str:
-    """One stage to the end of its share of the budget; `say` is called now and then. Returns what was done, in words."""
+    """One stage to the end of its share of the budget; `say` is called now and then. Returns what was done."""
     optimizer = optimizer_for(model, arguments.weight_decay)
     started = last = time.monotonic()
     steps, recent = 0, []

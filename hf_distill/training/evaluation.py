@@ -19,7 +19,7 @@ _OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy
 
 
 @contextlib.contextmanager
-def _random_state_kept(device: torch.device):
+def random_state_kept(device: torch.device):
     """Training draws the same numbers after an evaluation as without it."""
     python, numpy = random.getstate(), np.random.get_state()
     accelerator = device.type if device.type not in ("cpu", "mps") else None
@@ -73,7 +73,7 @@ class EvaluatesExactly:
             if prediction_loss_only is None:
                 prediction_loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         # a data loader draws a seed whenever it is iterated
-        with compat.before_training(self), _random_state_kept(self.args.device):
+        with compat.before_training(self), random_state_kept(self.args.device):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import random
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from datasets import IterableDataset
 
 from hf_distill.losses import Agreement, ForwardKL, observe
 from hf_distill.teachers import FrozenTeacher
+from hf_distill.training.evaluation import random_state_kept
 
 
 @torch.no_grad()
@@ -49,18 +47,6 @@ def measure_teacher(trainer) -> dict[str, float]:
     first = (
         dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
     )
-    with _untouched_random_state():
+    with random_state_kept(args.device):
         batches = (trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader(first))
         return teacher_fidelity(trainer.teacher, batches, trainer.accelerator)
-
-
-@contextlib.contextmanager
-def _untouched_random_state():
-    own, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.accelerator.current_device_index()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(own)
-        np.random.set_state(arrays)

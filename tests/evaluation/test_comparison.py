@@ -1,8 +1,8 @@
 import math
 
 import pytest
-from hf_distill.evaluation.comparison import Run, paired, token_blocks
 
+from hf_distill.evaluation.comparison import Run, paired, token_blocks
 from tests.helpers import tiny_tokenizer
 
 

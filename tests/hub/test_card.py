@@ -1,7 +1,7 @@
-from hf_distill import DistillSFTTrainer, FrozenTeacher
-from hf_distill.methods.taid import TAID, TAIDConfig
 from huggingface_hub import ModelCard
 
+from hf_distill import DistillSFTTrainer, FrozenTeacher
+from hf_distill.methods.taid import TAID, TAIDConfig
 from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.helpers import SGD, relative_difference, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 from torch.nn.functional import cross_entropy, kl_div
 from trl import SFTConfig, SFTTrainer
 
@@ -11,6 +10,7 @@ from hf_distill.losses import DIVERGENCES, run_terms
 from hf_distill.methods import logit_kd
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.signals import Rows
+from tests.helpers import SGD, relative_difference, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 ROWS = 8
 STEP = SGD | {"learning_rate": 1.0}  # a step is the gradient

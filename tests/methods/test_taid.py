@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
-from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 from hf_distill import FrozenTeacher, HeadLogits, Signals
 from hf_distill.losses import forward_kl
 from hf_distill.methods import logit_kd, taid
 from hf_distill.methods.taid import TAID, TAIDConfig
+from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 
 def gradient(objective: TAID, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
