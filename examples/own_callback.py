@@ -25,9 +25,9 @@ class TeacherConfidence(DistillCallback):
         self.total, self.rows = 0.0, 0
 
 
-def main(output_dir: str = "outputs/own_callback", steps: int = 20, **settings) -> DistillSFTTrainer:
+def main(output_dir: str = "runs/own_callback", steps: int = 20, **settings) -> DistillSFTTrainer:
     setup = embedded_setup()
-    args = DistillSFTConfig(output_dir, max_steps=steps, max_length=64, logging_steps=5, bf16=False, **settings)
+    args = DistillSFTConfig(output_dir, max_steps=steps, max_length=64, logging_steps=5, save_strategy="no", **settings)
     trainer = DistillSFTTrainer(
         setup.student,
         teacher=setup.teacher,

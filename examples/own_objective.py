@@ -31,7 +31,7 @@ class CosineFeatures(Objective):
         return {"cosine": min(1.0, 2 * progress)}
 
 
-def main(output_dir: str = "outputs/own_objective", steps: int = 20, **settings) -> DistillSFTTrainer:
+def main(output_dir: str = "runs/own_objective", steps: int = 20, **settings) -> DistillSFTTrainer:
     setup = embedded_setup()
     args = DistillSFTConfig(
         output_dir,
@@ -39,7 +39,7 @@ def main(output_dir: str = "outputs/own_objective", steps: int = 20, **settings)
         max_length=64,
         learning_rate=2e-3,
         objective_learning_rate=1e-2,
-        bf16=False,
+        save_strategy="no",
         **settings,
     )
     trainer = DistillSFTTrainer(

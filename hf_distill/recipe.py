@@ -116,6 +116,7 @@ def _embedded_arguments(args: DistillSFTConfig, given: set[str], method: str) ->
         "logging_steps": 10,
         "gradient_checkpointing": False,
         "report_to": "none",
+        "save_strategy": "no",  # only the student at the end, so that it can be run again
     }
     for name, value in default.items():
         if name not in given:

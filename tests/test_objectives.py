@@ -239,7 +239,7 @@ def load_example(name: str, monkeypatch):
     return loaded
 
 
-QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2)
+QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=2)
 
 
 def lines_of(cls) -> int:
