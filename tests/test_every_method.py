@@ -27,7 +27,9 @@ from hf_distill import DistillSFTTrainer, Objective
 from hf_distill.losses import ForwardKL
 from hf_distill.methods import MethodCard
 
-CARD = MethodCard(slug="SLUG", title="A method", arxiv="", year=2026, kind="logits", modality="text")
+CARD = MethodCard(
+    slug="SLUG", title="A method", arxiv="", year=2026, kind="logits", modality="text", couples_batch=COUPLES
+)
 
 
 @dataclass
@@ -73,6 +75,13 @@ def distill(student, teacher, train_dataset, config, args, *, resume_from_checkp
     return trainer.student()
 '''
 
+COUPLED = """
+    per = {"spread": "batch"}
+
+    def other_terms(self, student, teacher, progress):
+        return {"spread": student.logits.hidden.mean(0).pow(2).sum()}
+"""
+
 # what replaces "# MORE", and the promise it breaks
 FAULTS = {
     "grows_with_the_batch": (
@@ -82,6 +91,7 @@ FAULTS = {
         return {"kd": torch.full((len(student.rows.labels),), float(len(student.rows.example)))}
 """,
     ),
+    "couples_silently": ("exact_scaling", COUPLED),
     "counts_micro_batches": (
         "exact_scaling",
         """
@@ -117,10 +127,12 @@ FAULTS = {
 
 @pytest.fixture
 def plugins(tmp_path, monkeypatch):
-    """An installed package with one sound method and a faulty one of each kind."""
-    modules = {"sound": PLUGIN.replace("SLUG", "sound")}
-    for name, (_, more) in FAULTS.items():
-        modules[name] = PLUGIN.replace("SLUG", name).replace("    # MORE\n", more)
+    """An installed package with two sound methods and a faulty one of each kind."""
+    more = {"sound": "", "coupled": COUPLED} | {k: text for k, (_, text) in FAULTS.items()}
+    modules = {}
+    for name, text in more.items():
+        couples = '"rows of a batch meet"' if name == "coupled" else "None"
+        modules[name] = PLUGIN.replace("SLUG", name).replace("COUPLES", couples).replace("    # MORE\n", text)
     package = tmp_path / "other_methods"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -136,18 +148,19 @@ def plugins(tmp_path, monkeypatch):
 
 
 SAID = {
-    "exact_scaling": r"grows_with_the_batch / .* 4 x 2 differ from 8 x 1: weight .* off; .*eval_loss(.*\n)*.*state steps: 6, not 4",
-    "exact_resume": r"killed and resumed \(1 ranks, rank 0\), it is not the uninterrupted run: weight",
+    "exact_scaling": r"4 x 2 differ from 8 x 1: weight .* off; .*eval_loss(.*\n)*.*state steps: 6, not 4",
+    "exact_resume": r"killed and resumed in one process, it is not the uninterrupted run: weight",
     "no_wide_logits": r"a training step makes a \(\d+, 4099\) tensor(.*\n)*.*RuntimeError: this set-up does not work",
 }
 
 
 @pytest.mark.parametrize("promise", SAID)
 def test_the_harness_sees_no_fault_or_one_that_is_not_there(promise, plugins):
-    assert [card.slug for card in plugins] == ["sound", *FAULTS]
+    assert {"sound", "coupled", *FAULTS} <= {card.slug for card in plugins}
     faulty = {slug for slug, (breaks, _) in FAULTS.items() if breaks == promise}
+    sound = {"sound", "coupled"} if promise == "exact_scaling" else {"sound"}
     with pytest.raises(AssertionError, match=SAID[promise]) as error:
-        check_methods([card for card in plugins if card.slug in {"sound", *faulty}], promises=[promise])
+        check_methods([card for card in plugins if card.slug in sound | faulty], promises=[promise])
     found = set(re.findall(r"^(\w+) / (\w+):", str(error.value), re.MULTILINE))
     assert found == {(slug, promise) for slug in faulty}
 

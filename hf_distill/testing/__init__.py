@@ -26,13 +26,13 @@ from typing import Any
 from hf_distill.methods import MethodCard
 
 PROMISES = {
-    "interface": "the config has help, parses from the command line and YAML and refuses NaN; distill gives a clean model",
+    "interface": "its config has help, parses from command line and YAML, refuses NaN; distill gives a clean model",
     "exact_scaling": "loss, gradients, state and evaluation do not depend on batch x accumulation x ranks x ragged end",
     "no_wide_logits": "no tensor of rows x vocabulary in a training step or an evaluation",
     "clean_student": "what is saved loads, matches and generates in a process without hf_distill",
     "exact_resume": "killed mid-epoch and restarted, weights, state and logs are bit for bit the uninterrupted run's",
     "distributed": "two ranks train with the same terms and end equal",
-    "frozen_teacher": "the teacher neither moves nor gets a gradient; under LoRA the student's base does not move either",
+    "frozen_teacher": "the teacher neither moves nor gets a gradient; under LoRA the student's base stays too",
     "quiet_evaluation": "evaluation changes no weight, state or random state",
 }
 
@@ -40,8 +40,8 @@ PROMISES = {
 class TinyText:
     """What a text method runs on: a small Llama pair, 64 whole words, texts of 3 to 11 of them.
 
-    Subclass it and put an instance into SETUPS under your card's slug where your method needs other data, arguments or a
-    config without defaults.
+    Subclass it and put an instance into SETUPS under your card's slug where your method needs other data, other
+    arguments, or a config whose fields have no defaults.
 
     Attributes:
         auto_class, task, prompt: how the saved student is loaded and run in `pipeline()`.

@@ -1,4 +1,4 @@
-"""Tiny runs of a method, each in a forked child of a process that has imported everything, and how they are compared."""
+"""Tiny runs of a method, each in a forked child of a process that has imported everything, and how they compare."""
 
 from __future__ import annotations
 
@@ -190,9 +190,16 @@ def outcome(trainer, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
     return values
 
 
-def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float = 0.0) -> str:
-    """What differs most of each kind (a name's first word); "" when nothing does. Tolerances are relative to the reference's norm; 0 is bit for bit.
+def evaluation(trainer) -> dict[str, float]:
+    """What `evaluate` measures, without what it costs."""
+    cost = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch", "step")
+    return {name: value for name, value in trainer.evaluate().items() if not name.endswith(cost)}
 
+
+def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float = 0.0) -> str:
+    """What differs most of each kind (a name's first word); "" when nothing does.
+
+    The tolerance is relative to the reference's norm; 0 is bit for bit.
     Values far smaller than others of their kind are compared with a thousandth of the largest
     of these: they may be differences of large numbers, which rounding leaves few digits of.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 
 import torch
 from datasets import IterableDataset
@@ -48,6 +49,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._window_sums: dict[str, tuple[Tensor, str]] = {}
         self._log_sums: dict[str, Tensor] = {}
         self._log_steps = 0
+        self._names: list[str] | None = None
         self._non_finite: dict[str, Tensor] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._resumed: dict[str, Tensor] | None = None
@@ -247,6 +249,9 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         if self.objective is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed after its end: the parent would take one more
+            self.control.should_training_stop = True
+            return [], None
         batches = []
         for _ in range(num_batches):
             try:
@@ -304,6 +309,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         if self.objective is None or not self._window_sums:
             return
         names = sorted(self._window_sums)
+        self._check_names(names)
         sums = torch.stack([self._window_sums[name][0].float() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / self.get_tp_size()
         means = {n: s / self._window[self._window_sums[n][1]] for n, s in zip(names, sums.unbind(), strict=True)}
@@ -316,6 +322,23 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._window_sums = {}
         self.objective.after_step(means, self.progress)
         self._dispatch("on_distill_step", terms=means, objective=self.objective)
+
+    def _check_names(self, names: list[str]) -> None:
+        """Ranks that add up different terms would wait for each other for ever."""
+        if names == self._names:
+            return
+        if self._names is not None:
+            raise RuntimeError(
+                f"the terms changed from {', '.join(self._names)} to {', '.join(names)}: an objective gives the same names "
+                "at every step; a term that does not count now weighs 0"
+            )
+        self._names = names
+        codes = self.accelerator.gather(torch.tensor([zlib.crc32(" ".join(names).encode())], device=self.args.device))
+        if len(set(codes.tolist())) > 1:
+            raise RuntimeError(
+                f"ranks have different terms, this one {', '.join(names)}: an objective gives the same names on every rank; "
+                "a term that does not count here weighs 0"
+            )
 
     def _check_finite(self) -> None:
         """Read the kept flags; the only place that waits for the device. Raises FloatingPointError."""

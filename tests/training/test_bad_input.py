@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from hf_distill import DistillConfig, DistillSFTTrainer, DistillTrainer, FrozenTeacher, LogitKD, NextToken
-from hf_distill.losses import forward_kl
+from hf_distill import DistillConfig, DistillSFTTrainer, DistillTrainer, FrozenTeacher, LogitKD, NextToken, Objective
+from hf_distill.losses import ForwardKL, LabelCrossEntropy, forward_kl
 from tests.helpers import WORDS, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -259,3 +259,23 @@ def test_an_id_that_the_teacher_cannot_read_is_embedded(tmp_path):
     with pytest.raises(ValueError, match=r"input_ids holds token id 68 \(row 0, position 2.*share only ids 0 to 63"):
         trainer.train()
     assert len(WORDS) == 64
+
+
+class Forgetful(Objective):
+    """Leaves its term out from the second step on, instead of weighing it 0."""
+
+    def logit_terms(self, progress):
+        return {"label": LabelCrossEntropy()} | ({"kd": ForwardKL()} if progress == 0 else {})
+
+
+def test_a_term_may_vanish_between_steps(tmp_path):
+    trainer = DistillSFTTrainer(
+        tiny_llama(16, 1),
+        teacher=FrozenTeacher(tiny_llama(32, 1)),
+        objective=Forgetful(),
+        args=sft_arguments(tmp_path, max_steps=3),
+        train_dataset=text_dataset(16),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(RuntimeError, match="terms changed from kd, label to label: .* weighs 0"):
+        trainer.train()
