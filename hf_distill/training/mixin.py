@@ -329,15 +329,15 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
             return
         if self._names is not None:
             raise RuntimeError(
-                f"the terms changed from {', '.join(self._names)} to {', '.join(names)}: an objective gives the same names "
-                "at every step; a term that does not count now weighs 0"
+                f"the terms changed from {', '.join(self._names)} to {', '.join(names)}: an objective gives the same "
+                "names at every step; a term that does not count now weighs 0"
             )
         self._names = names
         codes = self.accelerator.gather(torch.tensor([zlib.crc32(" ".join(names).encode())], device=self.args.device))
         if len(set(codes.tolist())) > 1:
             raise RuntimeError(
-                f"ranks have different terms, this one {', '.join(names)}: an objective gives the same names on every rank; "
-                "a term that does not count here weighs 0"
+                f"ranks have different terms, this one {', '.join(names)}: an objective gives the same names on every "
+                "rank; a term that does not count here weighs 0"
             )
 
     def _check_finite(self) -> None:
