@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,10 @@ _HOME = {
     "DistillDPOConfig": "training.config",
 }
 __all__ = [*_HOME, "__version__"]
+
+
+# bitsandbytes asks for one more package at every start on a CPU, whether or not anything is quantised
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):
