@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 DENSE_FAMILIES = ("ForMaskedLM", "ForPreTraining", "LMHeadModelWithValueHead", "XLNetLMHeadModel", "XLMWithLMHeadModel")
 POSITION_TASKS = ("ForMaskedLM", "ForTokenClassification")
 ROW_KEYS = ("loss_rows", "row_labels", "row_document", "document_example")
+NOT_INPUTS = (*ROW_KEYS, "labels", "only_repeats")
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -115,6 +116,11 @@ def rows_of(batch: dict, prefix: str = "") -> Rows | None:
     return Rows(*(batch[prefix + key] for key in ROW_KEYS))
 
 
+def model_inputs(batch: dict) -> dict:
+    """What of a batch a model's forward reads: no labels, rows, cached columns or teacher's inputs."""
+    return {k: v for k, v in batch.items() if k not in NOT_INPUTS and not k.startswith(("teacher_", "cached_"))}
+
+
 def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | None, *, dense: bool = False) -> Signals:
     """Run a model once and read its signals.
 
@@ -126,7 +132,7 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
         dense: take the model's own logits instead of backbone and head.
     """
     base = base_model_of(model)
-    inputs = {k: v for k, v in batch.items() if k not in ROW_KEYS and k != "labels" and not k.startswith("teacher_")}
+    inputs = model_inputs(batch)
     if is_encoder_decoder(base) and "decoder_input_ids" not in inputs and "labels" in batch:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if has_row_labels(base):

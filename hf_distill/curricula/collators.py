@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 PREFIX, CACHED = "teacher_", "cached_"
-ADDED = ("loss_rows", "row_labels", "row_document", "document_example", "only_repeats")  # no model reads them
 
 
 class DataCollatorForDistillation:

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_distill.curricula.collators import ADDED
+from hf_distill.heads import model_inputs
 from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
 from hf_distill.signals import SparseLogits
-from hf_distill.teachers.base import PREFIX
 from hf_distill.training import compat
 
 _OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
@@ -47,11 +46,7 @@ class EvaluatesExactly:
             if prediction_loss_only:
                 return loss, None, None
             if logits is None or batch is not inputs:
-                plain = {
-                    k: v for k, v in inputs.items() if k != "labels" and k not in ADDED and not k.startswith(PREFIX)
-                }
-                with self.accelerator.autocast():
-                    logits = model(**plain).logits
+                logits = model(**model_inputs(inputs)).logits
         return loss, logits.detach(), inputs.get("labels")
 
     def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:

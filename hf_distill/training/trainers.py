@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import fields
@@ -19,6 +20,8 @@ from hf_distill.training.checks import check_processes
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
 from hf_distill.training.mixin import DistillMixin
 from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared
+
+logger = logging.getLogger(__name__)
 
 
 def arguments_as(kind: type, args, model):
@@ -169,7 +172,7 @@ class DistillTrainer(DistillMixin, Trainer):
 class DistillSFTTrainer(DistillMixin, SFTTrainer):
     """SFTTrainer with a teacher. Everything not said here is SFTTrainer's; arguments as DistillTrainer's.
 
-    `args.loss_type` and MoE auxiliary losses of SFTTrainer do not apply: the objective is the loss.
+    The objective is the loss: `args.loss_type` is refused, and a MoE student's balance loss is left out, said aloud.
     """
 
     _tag_names = ["hf_distill", "trl"]
@@ -196,6 +199,8 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
         objective = LogitKD() if objective is None else objective
         teacher = teacher_from(teacher, args, teacher_quantization_config)
         _require(objective, teacher, args)
+        if args.loss_type not in (None, "nll"):
+            raise ValueError(f"loss_type={args.loss_type!r} does not apply, the objective is the loss: leave it unset")
         check_dataset(train_dataset, "train")
         check_columns(train_dataset, args)
         model, processing_class = load_student(model, args, processing_class, quantization_config)
@@ -215,6 +220,11 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
         )
         if not self._skip_prepare_dataset and not isinstance(self.train_dataset, IterableDataset):
             check_prepared(self.train_dataset, train_dataset, args)
+        if self.aux_loss_enabled:
+            logger.warning(
+                "%s declares a router balance loss, which the objective does not hold: its experts are not balanced",
+                type(self.model).__name__,
+            )
         self._attach(teacher, objective)
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:

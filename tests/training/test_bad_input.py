@@ -279,3 +279,14 @@ def test_a_term_may_vanish_between_steps(tmp_path):
     )
     with pytest.raises(RuntimeError, match="terms changed from kd, label to label: .* weighs 0"):
         trainer.train()
+
+
+def test_a_loss_type_of_sft_is_ignored_silently(tmp_path):
+    with pytest.raises(ValueError, match="loss_type='dft' does not apply, the objective is the loss"):
+        DistillSFTTrainer(
+            tiny_llama(16, 1),
+            teacher=FrozenTeacher(tiny_llama(32, 1)),
+            args=sft_arguments(tmp_path, loss_type="dft"),
+            train_dataset=text_dataset(4),
+            processing_class=tiny_tokenizer(),
+        )

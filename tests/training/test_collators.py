@@ -5,7 +5,8 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_distill import DataCollatorForDistillation
-from hf_distill.curricula.collators import ADDED, loss_rows
+from hf_distill.curricula.collators import loss_rows
+from hf_distill.heads import ROW_KEYS
 from hf_distill.signals import Rows
 
 PADDED = DataCollatorForLanguageModeling(pad_token_id=0)
@@ -52,7 +53,7 @@ def test_the_wrapped_collators_batch_is_kept_and_only_known_keys_are_added():
     features = [example(4, prompt=2), example(6)]
     batch = DataCollatorForDistillation(PADDED)(features)
     plain = PADDED(features)
-    assert set(batch) - set(plain) == set(ADDED) - {"only_repeats"}
+    assert set(batch) - set(plain) == set(ROW_KEYS)
     for key, value in plain.items():
         assert torch.equal(batch[key], value)
     assert len(batch["loss_rows"]) == 2 + 5
@@ -114,4 +115,4 @@ def test_ids_outside_the_shared_vocabulary_are_named():
 
 
 def test_row_keys_are_those_of_the_signals():
-    assert len(ADDED) - 1 == len(Rows.__dataclass_fields__)
+    assert len(ROW_KEYS) == len(Rows.__dataclass_fields__)

@@ -12,8 +12,16 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_distill import DistillCallback, DistillSFTTrainer, FeatureKD, FrozenTeacher, LogitKD
+from hf_distill import (
+    DataCollatorForDistillation,
+    DistillCallback,
+    DistillSFTTrainer,
+    FeatureKD,
+    FrozenTeacher,
+    LogitKD,
+)
 from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 from tests.training.scaling_cases import Recorder, compare
 
@@ -221,3 +229,21 @@ def test_images_reach_both_models_and_the_loss_is_exact(tmp_path):
     by_hand = 0.5 * cross_entropy(s, labels[counted])
     by_hand += kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="batchmean")
     assert losses[0] == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_cached_columns_are_given_to_the_model(tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 1], "labels": [5, 6, 7, 1], "score": 0.5}] * 4
+    base = DataCollatorForLanguageModeling(pad_token_id=0)
+    trainer = DistillSFTTrainer(
+        tiny_llama(16, 1),
+        teacher=FrozenTeacher(tiny_llama(32, 1)),
+        args=sft_arguments(tmp_path, max_steps=1, dataset_kwargs={"skip_prepare_dataset": True}),
+        data_collator=DataCollatorForDistillation(base, example_columns=("score",)),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["cached_score"].tolist() == [0.5] * 4
+    trainer.train()
+    assert trainer.evaluate()["eval_teacher_kl"] > 0
