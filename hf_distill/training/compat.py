@@ -6,6 +6,7 @@ Written against transformers 5.23, trl 1.16, accelerate 1.15, peft 0.21. Nothing
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,6 +18,30 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import BatchSampler
+
+
+TESTED = {"transformers": "5.23", "trl": "1.16", "accelerate": "1.15", "peft": "0.21"}
+
+
+def check_versions() -> None:
+    """The installed libraries are those whose private names were tested. Raises ImportError, naming them all.
+
+    `HF_DISTILL_ANY_VERSION=1` goes on all the same.
+    """
+    if os.environ.get("HF_DISTILL_ANY_VERSION") == "1":
+        return
+    found = {name: importlib.metadata.version(name) for name in TESTED}
+    wrong = {name: version for name, version in found.items() if not version.startswith(TESTED[name] + ".")}
+    if wrong:
+        have = ", ".join(f"{name} {version} (tested: {TESTED[name]})" for name, version in wrong.items())
+        want = " ".join(f"'{name}=={TESTED[name]}.*'" for name in wrong)
+        raise ImportError(
+            f"hf_distill leans on internals of these libraries and was not tested with {have}: pip install {want}, "
+            "or set HF_DISTILL_ANY_VERSION=1 to go on at your own risk"
+        )
+
+
+check_versions()
 
 
 class ForwardRedirection:

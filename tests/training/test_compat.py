@@ -257,3 +257,13 @@ def test_loading_says_what_is_wrong_with_a_path(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     assert type(compat.load_model(str(tmp_path))).__name__ == "LlamaForCausalLM"
     assert compat.load_processing_class(str(tmp_path)) is None
+
+
+def test_untested_versions_go_unnoticed(monkeypatch):
+    compat.check_versions()
+    real = compat.importlib.metadata.version
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda n: "1.17.0" if n == "trl" else real(n))
+    with pytest.raises(ImportError, match=r"not tested with trl 1.17.0 \(tested: 1.16\): pip install 'trl==1.16.\*'"):
+        compat.check_versions()
+    monkeypatch.setenv("HF_DISTILL_ANY_VERSION", "1")
+    compat.check_versions()
