@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_distill.demo import quiet
-from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, paired, times_longer, token_blocks
+from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, paired, picture, times_longer, token_blocks
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
 from hf_distill.objectives import NextToken
@@ -145,39 +145,11 @@ def measure(name: str, options) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"evidence_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture(name, rows, teacher_ce)
+    picture(rows, teacher_ce, str(CARDS / f"evidence_{name}.png"), SETS[name].split(":")[0])
 
 
 def _without_paths(argv: list[str]) -> list[str]:
     return ["DIR" if before == "--data" else arg for before, arg in zip(["", *argv], argv, strict=False)]
-
-
-def picture(name: str, rows: dict[str, list[Run]], teacher_ce: float) -> None:
-    """Every seed of every row on the three measures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True, sharey=True)
-    titles = (
-        "cross-entropy (nats), lower is better",
-        "KL(teacher || student), lower is better",
-        "agreement, higher is better",
-    )
-    for axis, key, title in zip(axes, MEASURES, titles, strict=True):
-        for i, runs in enumerate(rows.values()):
-            values = [run.test[key] for run in runs]
-            axis.plot(values, [i] * len(values), "o", color="#2f6fb0", alpha=0.6)
-            axis.plot([statistics.mean(values)], [i], "k|", markersize=14)
-        if key == "cross_entropy":
-            axis.axvline(teacher_ce, color="#b0413e", linestyle="--", label="teacher")
-            axis.legend(fontsize=8)
-        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axis.set_title(title, fontsize=9)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    figure.savefig(CARDS / f"evidence_{name}.png", dpi=100)
 
 
 # ---- cards ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from hf_distill.embedded.corpus import stdlib_documents
-from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, times_longer, token_blocks
+from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, picture, times_longer, token_blocks
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
 from hf_distill.methods.taid import TAID, TAIDConfig
 from hf_distill.objectives import NextToken
@@ -148,37 +148,6 @@ def completions(rows: dict[str, list[Run]], study: Comparison) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: dict[str, list[Run]], teacher_ce: float, path: str) -> None:
-    """Bars of the three measures; a point per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    titles = {
-        "cross_entropy": "cross-entropy (nats), lower is better",
-        "teacher_kl": "KL(teacher || student), lower is better",
-    }
-    for axis, key in zip(axes, MEASURES, strict=True):
-        values = {row: [run.test[key] for run in runs] for row, runs in rows.items()}
-        means = [statistics.mean(v) for v in values.values()]
-        axis.bar(range(len(values)), means, color=["#9aa5b1", "#c3cad2", "#2f6fb0", "#1b9e77"])
-        for i, points in enumerate(values.values()):
-            axis.plot([i] * len(points), points, "k.", markersize=6)
-        if key == "cross_entropy":
-            axis.axhline(teacher_ce, color="#b0413e", linestyle="--", label="teacher")
-            axis.legend()
-        low, high = min(means), max(means)
-        axis.set_ylim(max(0, low - (high - low) * 2), high + (high - low) * 0.8 + 1e-6)
-        if key == "cross_entropy":
-            axis.set_ylim(min(teacher_ce, low) * 0.95, high * 1.03)
-        axis.set_xticks(range(len(values)), [row.replace(", ", ",\n") for row in values], fontsize=8)
-        axis.set_title(titles.get(key, "top-1 agreement, higher is better"), fontsize=10)
-    figure.suptitle("Held-out modules of Python's standard library; dots are seeds")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hf_distill.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default=os.path.join("runs", "demo"))
@@ -214,7 +183,7 @@ def save(rows: dict[str, list[Run]], output_dir: str, teacher_ce: float, ratio: 
     trainer = rows[best][-1].trainer
     trainer.save_model()
     trainer.create_model_card(model_name="demo student", dataset_name="the Python standard library's sources")
-    picture(rows, teacher_ce, os.path.join(output_dir, "demo.png"))
+    picture(rows, teacher_ce, os.path.join(output_dir, "demo.png"), "Held-out modules of Python's standard library")
     results = {
         "teacher_cross_entropy": teacher_ce,
         "perplexity_ratio": ratio,

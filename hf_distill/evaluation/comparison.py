@@ -193,3 +193,35 @@ def times_longer(runs: list[Run], beside: list[Run]) -> float:
     clock = "seconds" if torch.accelerator.is_available() else "cpu_seconds"
     per_step = [statistics.mean(getattr(run, clock) / run.steps for run in some) for some in (runs, beside)]
     return max(per_step[0] / per_step[1], 1.0)
+
+
+def picture(rows: dict[str, list[Run]], teacher_cross_entropy: float, path: str, title: str) -> None:
+    """A dot per seed and a bar at the mean, per row and measure. Needs matplotlib (the extra `report`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(MEASURES), figsize=(12, 1.2 + 0.4 * len(rows)), layout="constrained", sharey=True
+    )
+    titles = (
+        "cross-entropy (nats), lower is better",
+        "KL(teacher || student), lower is better",
+        "agreement, higher is better",
+    )
+    for axis, key, label in zip(axes, MEASURES, titles, strict=True):
+        for i, runs in enumerate(rows.values()):
+            values = [run.test[key] for run in runs]
+            axis.plot(values, [i] * len(values), "o", color="#2f6fb0", alpha=0.6)
+            axis.plot([statistics.mean(values)], [i], "k|", markersize=16)
+        if key == "cross_entropy":
+            axis.axvline(teacher_cross_entropy, color="#b0413e", linestyle="--", label="teacher")
+            axis.legend(fontsize=8)
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=9)
+        axis.set_title(label, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{title}; dots are seeds", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import BatchSampler
 
-
 TESTED = {"transformers": "5.23", "trl": "1.16", "accelerate": "1.15", "peft": "0.21"}
 
 
