@@ -145,7 +145,6 @@ def measure(name: str, options) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"evidence_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture(rows, teacher_ce, str(CARDS / f"evidence_{name}.png"), SETS[name].split(":")[0])
 
 
 def _without_paths(argv: list[str]) -> list[str]:
@@ -156,6 +155,10 @@ def _without_paths(argv: list[str]) -> list[str]:
 def write_cards() -> None:
     """Put the tables between the markers of each card; what stands around them is written by hand."""
     found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("evidence_*.json"))]
+    for result in found:
+        rows = {row: [Run(**run) for run in runs] for row, runs in result["rows"].items()}
+        path = str(CARDS / f"evidence_{result['set']}.png")
+        picture(rows, result["teacher_cross_entropy"], path, SETS[result["set"]].split(":")[0])
     for method, rows in METHOD_ROWS.items():
         path = CARDS / f"{method}.md"
         text = path.read_text(encoding="utf-8")

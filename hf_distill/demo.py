@@ -38,7 +38,7 @@ OBJECTIVES = {
     KL: lambda: build_objective(LogitKDConfig()),
     TAID_ROW: lambda: TAID(TAIDConfig()),
 }
-PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\ndef main(", "class Error(Exception):\n")
+PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\ndef main(", "    if not isinstance(")
 
 
 def comparison(output_dir: str) -> Comparison:

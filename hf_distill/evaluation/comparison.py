@@ -202,15 +202,10 @@ def picture(rows: dict[str, list[Run]], teacher_cross_entropy: float, path: str,
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, len(MEASURES), figsize=(12, 1.2 + 0.4 * len(rows)), layout="constrained", sharey=True
-    )
-    titles = (
-        "cross-entropy (nats), lower is better",
-        "KL(teacher || student), lower is better",
-        "agreement, higher is better",
-    )
-    for axis, key, label in zip(axes, MEASURES, titles, strict=True):
+    size = (12, 1.2 + 0.4 * len(rows))
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, layout="constrained", sharey=True)
+    better = ("cross-entropy (nats), lower", "KL(teacher || student), lower", "top-1 agreement, higher")
+    for axis, key, label in zip(axes, MEASURES, better, strict=True):
         for i, runs in enumerate(rows.values()):
             values = [run.test[key] for run in runs]
             axis.plot(values, [i] * len(values), "o", color="#2f6fb0", alpha=0.6)
@@ -219,7 +214,7 @@ def picture(rows: dict[str, list[Run]], teacher_cross_entropy: float, path: str,
             axis.axvline(teacher_cross_entropy, color="#b0413e", linestyle="--", label="teacher")
             axis.legend(fontsize=8)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=9)
-        axis.set_title(label, fontsize=9)
+        axis.set_title(f"{label} is better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     figure.suptitle(f"{title}; dots are seeds", fontsize=10)
