@@ -16,6 +16,7 @@ from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 from hf_distill.tiny import made_up_rows, tiny_arguments, tiny_models
 from hf_distill.training import compat
 from hf_distill.training.config import DistillSFTConfig
+from hf_distill.training.saving import check_no_other_run
 from hf_distill.training.trainers import teacher_from
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -130,6 +131,8 @@ def load_language_setup(script, recipe: RecipeArguments, args: DistillSFTConfig,
     Raises:
         ValueError: a path that is no model or no data, or flags that contradict each other.
     """
+    if not args.resume_from_checkpoint:
+        check_no_other_run(args.output_dir)
     set_seed(args.seed)
     if recipe.tiny:
         tiny_models(args, model, str(EMBEDDED / "tokenizer"))

@@ -108,3 +108,13 @@ def test_wrong_flags_are_named(argv, message, tmp_path):
         argv += ["--teacher_model_name_or_path", teacher, "--model_name_or_path", teacher]
     with pytest.raises((ValueError, OSError), match=message):
         recipe("logit_kd").main([*argv, "--output_dir", str(tmp_path)])
+
+
+def test_a_second_run_into_the_same_folder_is_refused_before_anything_is_loaded_and_can_go_on(tmp_path, capsys):
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--per_device_train_batch_size", "2"]
+    argv = [*saving, "--output_dir", str(tmp_path / "out")]
+    recipe("taid").main([*argv, "--max_steps", "1"])
+    with pytest.raises(ValueError, match="holds another run .checkpoint-1.: .*--resume"):
+        recipe("taid").main([*argv, "--max_steps", "1", "--teacher_model_name_or_path", "not loaded"])
+    recipe("taid").main([*argv, "--max_steps", "2", "--resume"])
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()

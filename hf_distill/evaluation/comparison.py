@@ -114,7 +114,6 @@ class Comparison:
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=False,
         )
         trainer = DistillSFTTrainer(
             self.make_student(seed),

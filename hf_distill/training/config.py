@@ -85,8 +85,10 @@ class DistillArguments:
                 "mode": self.torch_compile_mode,
             }
             self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default; several times slower than float32 on a CPU
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for
+            if self.bf16 is None:
+                self.bf16 = False  # TRL's default; several times slower than float32 on a CPU
         super().__post_init__()
         # the filter hides a NaN and waits for the device at every step; the trainer reads terms at logging instead
         self.logging_nan_inf_filter = False

@@ -55,6 +55,16 @@ def complete_checkpoints(output_dir: str) -> tuple[list[str], list[str]]:
     return complete, partial
 
 
+def check_no_other_run(output_dir: str) -> None:
+    """Raises ValueError when a folder has checkpoints: a new run would mix with another one's."""
+    found = sum(complete_checkpoints(output_dir), [])
+    if found:
+        raise ValueError(
+            f"{output_dir} holds another run ({os.path.basename(found[0])}): go on with resume_from_checkpoint=True "
+            "(recipes: --resume), or choose another output_dir"
+        )
+
+
 def _is_complete(folder: str) -> bool:
     try:
         with open(os.path.join(folder, TRAINER_STATE), encoding="utf-8") as file:
@@ -222,11 +232,8 @@ class SavesObjective:
         if isinstance(asked, str) and asked.lower() in ("true", "last"):
             asked = True
         if not asked:
-            if (complete or partial) and not self._wrote_checkpoints:
-                raise ValueError(
-                    f"{self.args.output_dir} holds another run ({os.path.basename((complete + partial)[0])}): go on "
-                    "with resume_from_checkpoint=True (--resume_from_checkpoint last), or choose another output_dir"
-                )
+            if not self._wrote_checkpoints:
+                check_no_other_run(self.args.output_dir)
             return None
         if asked is True:
             if not complete:
