@@ -98,12 +98,27 @@ def study_of(name: str, options) -> Comparison:
     return Comparison(
         teacher=teacher,
         objectives=ROWS,
-        make_student=lambda seed: model(tokenizer, 96, 2, seed),
+        make_student=lambda seed: _student(tokenizer, blocks, folder, options, seed),
         **blocks,
-        learning_rates=(1e-3, 2e-3, 4e-3),
+        learning_rates=(5e-4, 1e-3, 2e-3) if options.pretrain else (1e-3, 2e-3, 4e-3),
         seeds=tuple(range(options.seeds)),
         output_dir=str(folder),
     )
+
+
+def _student(tokenizer, blocks, folder: Path, options, seed: int) -> LlamaForCausalLM:
+    """The small student; with --pretrain trained on the labels first, once per seed, at the middle learning rate."""
+    if not options.pretrain:
+        return model(tokenizer, 96, 2, seed)
+    path = folder / f"student-{options.pretrain}-{seed}"
+    if not (path / "config.json").exists():
+        study = Comparison(
+            FrozenTeacher(model(tokenizer, 32, 1, 0), tokenizer), {"student": NextToken},
+            lambda seed: model(tokenizer, 96, 2, seed), **blocks,
+            learning_rates=(4e-3,), seeds=(seed,), output_dir=str(folder),
+        )  # fmt: skip
+        study.run("student", 4e-3, seed, options.pretrain).trainer.save_model(str(path))
+    return LlamaForCausalLM.from_pretrained(path)
 
 
 def _train_teacher(tokenizer, blocks, folder: Path, options) -> None:
@@ -128,13 +143,15 @@ def measure(name: str, options) -> None:
     teacher_ce = study.teacher_cross_entropy()
     print(f"teacher cross-entropy on test: {teacher_ce:.4f}", flush=True)
     rows: dict[str, list[Run]] = {}
-    with tqdm(total=len(ROWS) * study.runs_per_row * options.steps, unit="step") as study.bar:
-        for row in ROWS:
+    chosen = [ALONE, KL, "TAID", ALONE_TIME] if options.pretrain else list(ROWS)
+    with tqdm(total=len(chosen) * study.runs_per_row * options.steps, unit="step") as study.bar:
+        for row in chosen:
             longer = times_longer(rows[KL], rows[ALONE]) if row == ALONE_TIME else 1
             rows[row] = study.row(row, round(options.steps * longer))
             print(f"{row}: {[round(run.test['cross_entropy'], 4) for run in rows[row]]}", flush=True)
     result = {
         "set": name,
+        "pretrained_steps": options.pretrain,
         "teacher_cross_entropy": teacher_ce,
         "teacher_parameters": study.teacher.model.num_parameters(),
         "student_parameters": rows[ALONE][0].student.num_parameters(),
@@ -144,7 +161,7 @@ def measure(name: str, options) -> None:
         "rows": {row: [run.record() for run in runs] for row, runs in rows.items()},
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"evidence_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"evidence_{_label(result)}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _without_paths(argv: list[str]) -> list[str]:
@@ -157,8 +174,9 @@ def write_cards() -> None:
     found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("evidence_*.json"))]
     for result in found:
         rows = {row: [Run(**run) for run in runs] for row, runs in result["rows"].items()}
-        path = str(CARDS / f"evidence_{result['set']}.png")
-        picture(rows, result["teacher_cross_entropy"], path, SETS[result["set"]].split(":")[0])
+        path = str(CARDS / f"evidence_{_label(result)}.png")
+        title = SETS[result["set"]].split(":")[0] + (", pretrained student" if result.get("pretrained_steps") else "")
+        picture(rows, result["teacher_cross_entropy"], path, title)
     for method, rows in METHOD_ROWS.items():
         path = CARDS / f"{method}.md"
         text = path.read_text(encoding="utf-8")
@@ -168,18 +186,24 @@ def write_cards() -> None:
         path.write_text(f"{head}<!-- evidence -->\n{body}\n<!-- end of evidence -->{tail}", encoding="utf-8")
 
 
+def _label(result: dict) -> str:
+    return result["set"] + ("_pretrained" if result.get("pretrained_steps") else "")
+
+
 def _section(result: dict, own: list[str], baselines: list[str]) -> str:
     rows = {row: [Run(**run) for run in runs] for row, runs in result["rows"].items()}
-    seeds, name = len(rows[ALONE]), result["set"]
+    own = [row for row in own if row in rows]
+    seeds, name, before = len(rows[ALONE]), result["set"], result.get("pretrained_steps")
+    start = f"trained on the labels for {before} steps before" if before else "untrained at the start"
     ratio = result["teacher_parameters"] / result["student_parameters"]
     lines = [
-        f"### {name}",
+        f"### {name}" + (", pretrained student" if before else ""),
         f"{SETS[name]}. Teacher: a Llama trained on the same text, {result['teacher_parameters']:,} parameters, test "
         f"cross-entropy {result['teacher_cross_entropy']:.4f}. Student: {result['student_parameters']:,} parameters "
-        f"({ratio:.1f} times smaller), untrained at the start. {seeds} paired seeds (initialisation and data order), "
+        f"({ratio:.1f} times smaller), {start}. {seeds} paired seeds (initialisation and data order), "
         f'{rows[KL][0].steps} steps of 16 × {BLOCK} tokens; "equal time": {rows[ALONE_TIME][0].steps} steps.',
         "",
-        "| row | learning rate | cross-entropy | KL(teacher \\|\\| student) | agreement | tokens/s |",
+        "| row | learning rate | cross-entropy | KL(teacher \\|\\| student) | agreement | tokens per CPU second |",
         "|---|---|---|---|---|---|",
     ]
     for row in dict.fromkeys([*baselines, *own]):
@@ -188,7 +212,7 @@ def _section(result: dict, own: list[str], baselines: list[str]) -> str:
             values = [run.test[key] for run in rows[row]]
             error = statistics.stdev(values) / len(values) ** 0.5
             cells.append(f"{statistics.mean(values):.4f} ± {error:.4f}")
-        speed = statistics.mean(run.tokens_per_second for run in rows[row])
+        speed = statistics.mean(run.steps * 16 * BLOCK / run.cpu_seconds for run in rows[row])
         lines.append(f"| {row} | {rows[row][0].learning_rate:g} | {' | '.join(cells)} | {speed:,.0f} |")
     lines += [
         "",
@@ -209,7 +233,7 @@ def _section(result: dict, own: list[str], baselines: list[str]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     lines += [
         "",
-        f"![rows on {name}](evidence_{name}.png)",
+        f"![rows on {name}](evidence_{_label(result)}.png)",
         "",
         f"`{result['command']}` · {result['machine']} · {versions}",
     ]
@@ -223,6 +247,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher_steps", type=int, nargs="+", default=[1500])
+    parser.add_argument("--pretrain", type=int, default=0, help="train the student on the labels first, so many steps")
     parser.add_argument("--cards", action="store_true", help="only rewrite the cards from the results")
     options = parser.parse_args()
     quiet()

@@ -85,6 +85,8 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     batch: int = 16
+    warmup: float = 0.05
+    adam_beta2: float = 0.999
     output_dir: str = "runs/comparison"
     bar: tqdm | None = None
 
@@ -105,7 +107,8 @@ class Comparison:
             per_device_train_batch_size=self.batch,
             per_device_eval_batch_size=64,
             lr_scheduler_type="cosine",
-            warmup_steps=0.05,
+            warmup_steps=self.warmup,
+            adam_beta2=self.adam_beta2,
             weight_decay=0.1,
             gradient_checkpointing=False,
             max_length=self.block,
