@@ -10,6 +10,7 @@ most language-model work calls KD.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from hf_distill.losses import DIVERGENCES
@@ -65,6 +66,9 @@ class LogitKDConfig:
     ab_beta: float = field(default=0.5, metadata={"help": "alpha_beta: beta (ABKD)."})
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         build_objective(self)  # what is wrong is said before any model is loaded
 
 

@@ -196,3 +196,8 @@ def test_the_two_terms_are_projected_twice(monkeypatch):
 def test_a_wrong_setting_is_accepted(settings, message):
     with pytest.raises(ValueError, match=message):
         LogitKDConfig(**settings)
+
+
+def test_a_setting_that_is_not_used_may_be_nan():
+    with pytest.raises(ValueError, match="skew_lam must be a finite number, got nan"):
+        LogitKDConfig(divergence="forward_kl", skew_lam=float("nan"))
