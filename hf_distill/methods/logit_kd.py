@@ -66,10 +66,10 @@ class LogitKDConfig:
     ab_beta: float = field(default=0.5, metadata={"help": "alpha_beta: beta (ABKD)."})
 
     def __post_init__(self):
+        build_objective(self)  # what is wrong is said before any model is loaded
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
-        build_objective(self)  # what is wrong is said before any model is loaded
 
 
 def build_objective(config: LogitKDConfig) -> LogitKD:
