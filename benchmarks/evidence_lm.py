@@ -107,7 +107,7 @@ def study_of(name: str, options) -> Comparison:
 
 
 def _student(tokenizer, blocks, folder: Path, options, seed: int) -> LlamaForCausalLM:
-    """The small student; with --pretrain trained on the labels first, once per seed, at the middle learning rate."""
+    """The small student; with --pretrain trained on the labels first, once per seed, at the rate best for it."""
     if not options.pretrain:
         return model(tokenizer, 96, 2, seed)
     path = folder / f"student-{options.pretrain}-{seed}"
