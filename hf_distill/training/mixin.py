@@ -207,13 +207,12 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         counts = self._counts(batch)
         batch = {k: v for k, v in batch.items() if k != "only_repeats"}
         with self.accelerator.autocast():
+            extra = frozenset({"logits"}) if observed else frozenset()  # evaluation measures more than the terms
             teacher = None
-            if self.teacher is not None and (objective.uses_teacher or observed):
-                teacher = self.teacher(
-                    batch, objective.needs_of("teacher") | (frozenset({"logits"}) if observed else frozenset())
-                )
+            if self.teacher is not None and (objective.uses_teacher or extra & self.teacher.gives):
+                teacher = self.teacher(batch, objective.needs_of("teacher") | extra & self.teacher.gives)
                 self._dispatch("on_teacher_forward", teacher=teacher, batch=batch)
-            needs = objective.needs_of("student") | (frozenset({"logits"}) if observed else frozenset())
+            needs = objective.needs_of("student") | extra
             student = collect(model, batch, needs, rows_of(batch), dense=self._dense)
             if observed is not None:
                 observed = observable(observed, student, teacher)

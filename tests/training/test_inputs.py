@@ -1,5 +1,7 @@
 """What goes into a step: packed documents, images, streams, low precision, compiled backbones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +23,7 @@ from hf_distill import (
     FeatureKD,
     FrozenTeacher,
     LogitKD,
+    Teacher,
 )
 from tests.helpers import SGD, sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
 from tests.training.scaling_cases import Recorder, compare
@@ -247,3 +250,35 @@ def test_cached_columns_are_given_to_the_model(tmp_path):
     assert batch["cached_score"].tolist() == [0.5] * 4
     trainer.train()
     assert trainer.evaluate()["eval_teacher_kl"] > 0
+
+
+class HiddenStatesOnly(Teacher):
+    """A teacher without a head, such as an encoder or a cache of features."""
+
+    gives = frozenset({"hidden_states"})
+
+    def __init__(self, model):
+        self.inner = FrozenTeacher(model)
+
+    @property
+    def config(self):
+        return self.inner.config
+
+    def __call__(self, batch, needs=frozenset({"hidden_states"})):
+        assert needs <= self.gives, f"asked for {sorted(needs)}"
+        return replace(self.inner(batch, needs), logits=None)
+
+
+def test_a_teacher_is_asked_for_what_it_cannot_give(tmp_path):
+    trainer = DistillSFTTrainer(
+        tiny_llama(16, 1),
+        teacher=HiddenStatesOnly(tiny_llama(32, 1)),
+        objective=FeatureKD(),
+        args=sft_arguments(tmp_path, max_steps=1),
+        train_dataset=text_dataset(8),
+        eval_dataset=text_dataset(4, seed=1),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_feature"] > 0 and metrics["eval_cross_entropy"] > 0 and "eval_teacher_kl" not in metrics
