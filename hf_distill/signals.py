@@ -31,6 +31,27 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Finish:
+    """What makes logits of a product (rows, V') of hidden rows and a head's first V' entries; fields as in HeadLogits."""
+
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        z = product if self.bias is None else product + self.bias[: product.shape[-1]]
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def chain(self, logits: Tensor, g: Tensor) -> Tensor:
+        """Gradient by the product from the gradient `g` by the logits, in place."""
+        if self.softcap is not None:
+            g *= 1 - (logits / self.softcap) ** 2
+        return g if self.scale == 1.0 else g.mul_(self.scale)
+
+
+@dataclass(frozen=True)
 class HeadLogits:
     """Logits that are not computed yet: the rows that carry loss, and the head that would project them.
 
@@ -60,13 +81,12 @@ class HeadLogits:
         `dtype` is the type of the matrix product's inputs; None takes the weight's.
         """
         dtype = dtype or self.weight.dtype
-        z = self.hidden[rows].to(dtype) @ self.weight[:vocabulary].to(dtype).T
-        z = upcast(z)
-        if self.bias is not None:
-            z = z + self.bias[:vocabulary]
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        product = self.hidden[rows].to(dtype) @ self.weight[:vocabulary].to(dtype).T
+        return self.finish(upcast(product))
+
+    @property
+    def finish(self) -> Finish:
+        return Finish(self.bias, self.scale, self.softcap)
 
     def dense(self) -> Tensor:
         """All logits (N, V). For checks and small vocabularies; training never needs it."""
@@ -102,7 +122,72 @@ class SparseLogits:
         return self.log_probs.shape
 
 
-Logits = Tensor | HeadLogits | SparseLogits
+@dataclass(frozen=True)
+class SampledLogits:
+    """A teacher known by draws from it: k token ids per row whose importance weights make every expectation unbiased.
+
+    E[Σ_j weights_j · f(ids_j)] = Σ_v p_v · f(v) for any f, so a divergence that is linear in p given the student (the
+    forward KL and its cross-entropy form) has an unbiased gradient (arXiv 2503.16870, Section 4).
+
+    Attributes:
+        ids: (..., k) int64, drawn with replacement from a proposal; repeated draws may be merged.
+        weights: (..., k) float, count / draws · p / proposal; 0 for padding. Not renormalised: that would be biased.
+        log_probs: (..., k) float, the teacher's log-probabilities of the ids over the full vocabulary (at the
+            temperature they were drawn with).
+    """
+
+    ids: Tensor
+    weights: Tensor
+    log_probs: Tensor
+
+    def __post_init__(self):
+        if not self.ids.shape == self.weights.shape == self.log_probs.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (self.ids, self.weights, self.log_probs))
+            raise ValueError(f"ids, weights and log_probs must have one shape, got {shapes}")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
+
+
+SPACES = ("probability", "logit")
+
+
+@dataclass(frozen=True)
+class MixtureLogits:
+    """Several teachers as one distribution; no tensor of it is larger than one teacher's tile.
+
+    Attributes:
+        parts: HeadLogits, or tensors (..., V), of the same rows. They are compared on their common first entries.
+        weights: (M,) or (..., M), not negative, summing to 1 over M.
+        space: "probability" (Σ_m w_m softmax(z_m / T), the default) or "logit" (softmax(Σ_m w_m z_m / T)).
+    """
+
+    parts: tuple[HeadLogits | Tensor, ...]
+    weights: Tensor
+    space: str = "probability"
+
+    def __post_init__(self):
+        if self.space not in SPACES:
+            raise ValueError(f"space must be one of {', '.join(SPACES)}, got {self.space!r}")
+        if not self.parts:
+            raise ValueError("a mixture needs at least one part, got none")
+        rows = {tuple(part.shape[:-1]) for part in self.parts}
+        if len(rows) > 1:
+            raise ValueError(f"the parts of a mixture must have the same rows, got {sorted(rows)}")
+        if self.weights.shape not in (self.shape[:-1] + (len(self.parts),), (len(self.parts),)):
+            raise ValueError(
+                f"weights of a mixture must be ({len(self.parts)},) or one such set per row, got "
+                f"{tuple(self.weights.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.parts[0].shape
+        return torch.Size((*first[:-1], min(part.shape[-1] for part in self.parts)))
+
+
+Logits = Tensor | HeadLogits | SparseLogits | SampledLogits | MixtureLogits
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from hf_distill.losses.fused import observe, one_term, run_terms
 from hf_distill.losses.metrics import Agreement, StudentEntropy, TeacherEntropy
 from hf_distill.losses.sparse import topk_divergence
 from hf_distill.losses.tile import Divergence, Tile
-from hf_distill.signals import HeadLogits, SparseLogits
+from hf_distill.signals import HeadLogits, MixtureLogits, SampledLogits, SparseLogits
 
 __all__ = [
     "DIVERGENCES",
@@ -48,7 +48,9 @@ __all__ = [
     "Interpolated",
     "Jeffreys",
     "LabelCrossEntropy",
+    "MixtureLogits",
     "ReverseKL",
+    "SampledLogits",
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftCrossEntropy",

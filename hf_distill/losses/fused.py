@@ -1,4 +1,4 @@
-"""Engines: tiles of rows through any number of divergences, with one student projection.
+"""Rows of two models through any number of divergences, with one projection of the student.
 
 HeadLogits go through row tiles and take the gradient in the forward pass, so that no (N, V) tensor ever exists: exactly
 one projection of the student, one of the teacher and the two products of the student's gradient. Dense logits stay
@@ -8,198 +8,115 @@ differentiable per row. A tile's size is a memory knob only: results do not depe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hf_distill.losses.sparse import SparseTile, check_tail
-from hf_distill.losses.tile import Divergence, Tile
-from hf_distill.signals import HeadLogits, Logits, SparseLogits
+from hf_distill.losses.engines import Compiled, Eager, Plan, choose
+from hf_distill.losses.source import Source, kind_of, make_source, pick
+from hf_distill.losses.tile import Divergence
+from hf_distill.signals import HeadLogits, Logits
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where tiles come from: flat, detached rows of both models."""
-
-    student: Tensor | HeadLogits
-    teacher: Tensor | HeadLogits | SparseLogits | None
-    labels: Tensor | None
-    width: int
-    common: int
-    dtype: torch.dtype
-    tile_rows: int
-
-    @property
-    def rows(self) -> int:
-        return self.student.shape[0]
-
-    def slices(self) -> list[slice]:
-        return [slice(a, min(a + self.tile_rows, self.rows)) for a in range(0, self.rows, self.tile_rows)]
-
-    def tile(self, rows: slice) -> Tile:
-        student, labels = self._logits(self.student, rows, self.width), None
-        if self.labels is not None:
-            labels = self.labels[rows]
-        bounded = _bounded(self.student)
-        if isinstance(self.teacher, SparseLogits):
-            ids, log_probs = self.teacher.ids[rows], self.teacher.log_probs[rows].to(self.dtype)
-            return SparseTile(Tile(student, labels=labels, finite=bounded), ids, log_probs, self.teacher.tail)
-        if self.teacher is None:
-            return Tile(student, labels=labels, finite=bounded)
-        full = None if self.width == self.common else Tile(student, labels=labels, finite=bounded)
-        teacher = self._logits(self.teacher, rows, self.common)
-        bounded = bounded and _bounded(self.teacher)
-        return Tile(student[:, : self.common], teacher, labels, full=full, finite=bounded)
-
-    def _logits(self, logits: Tensor | HeadLogits, rows: slice, width: int) -> Tensor:
-        if isinstance(logits, HeadLogits):
-            return logits.tile(rows, width).to(self.dtype)
-        return logits[rows, :width].to(self.dtype)
-
-
-def _bounded(logits: Tensor | HeadLogits) -> bool:
-    return isinstance(logits, HeadLogits) and (logits.bias is None or logits.softcap is not None)
-
-
-def _flat(logits: Logits | None, matmul_dtype: torch.dtype | None) -> Logits | None:
-    """Detached, with rows in one dimension and a head in the type its product runs in."""
-    if logits is None:
-        return None
-    if isinstance(logits, SparseLogits):
-        k = logits.shape[-1]
-        return replace(logits, ids=logits.ids.reshape(-1, k), log_probs=logits.log_probs.detach().reshape(-1, k))
-    if isinstance(logits, Tensor):
-        return logits.detach().reshape(-1, logits.shape[-1])
-    dtype = matmul_dtype or logits.weight.dtype
-    bias = None if logits.bias is None else logits.bias.detach()
-    return replace(logits, hidden=logits.hidden.detach().to(dtype), weight=logits.weight.detach().to(dtype), bias=bias)
-
-
-def _source(student, teacher, divergences, labels, tile_bytes, tile_rows) -> _Source:
-    if isinstance(student, SparseLogits):
-        raise ValueError("a student cannot be SparseLogits; pass its logits or HeadLogits")
-    anchor = student.weight if isinstance(student, HeadLogits) else student
-    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
-    device = anchor.device.type
-    matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-    common, second = anchor.shape[0] if anchor is not student else anchor.shape[-1], 0
-    width = common
-    if isinstance(teacher, SparseLogits):
-        for divergence in divergences:
-            check_tail(divergence, teacher)
-    elif teacher is not None:
-        common = second = min(width, teacher.shape[-1])
-        if not any(getattr(d, "full_vocabulary", False) for d in divergences):
-            width = common
-    if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
-        given = f"{tuple(student.shape[:-1])} and {tuple(teacher.shape[:-1])}"
-        raise ValueError(f"student and teacher must have the same rows, got {given}")
-
-    if tile_rows is None:
-        budget = tile_bytes or (2**30 if device == "cuda" else 2**27)
-        tile_rows = max(1, budget // (dtype.itemsize * max(1, width + second)))
-    if tile_rows < 1:
-        raise ValueError(f"tile_rows must be at least 1, got {tile_rows}")
-    labels = None if labels is None else labels.reshape(-1)
-    student, teacher = _flat(student, matmul_dtype), _flat(teacher, matmul_dtype)
-    return _Source(student, teacher, labels, width, common, dtype, tile_rows)
-
-
 class _Fused(torch.autograd.Function):
-    """hidden rows × head → weighted sums per term (K,), with the gradient of Σ weight · sum already taken."""
+    """hidden rows × head → weighted sums per term (K,) and values (K, N); the gradient of Σ weight · sum is taken."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, source, divergences, weights, row_weight, grad):
+    def forward(ctx, hidden, weight, bias, source, engine, weights, row_weight, grad):
         head = source.student
         need = [
             grad and x is not None and n for x, n in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        d_hidden, d_weight, d_bias = (
+        d_hidden = torch.empty_like(head.hidden) if need[0] else None
+        d_weight, d_bias = (
             torch.zeros(x.shape, dtype=source.dtype, device=x.device) if n else None
-            for x, n in zip((hidden, weight, bias), need, strict=True)
+            for x, n in zip((weight, bias), need[1:], strict=True)
         )
         gradient_weight = row_weight * weights[:, None]
-        values = row_weight.new_zeros(row_weight.shape)
-        for rows in source.slices():
-            tile = source.tile(rows)
-            g = row_weight.new_zeros(tile.full.student.shape) if any(need) else None
-            for k, divergence in enumerate(divergences):
-                values[k, rows] = value = divergence.value(tile)
-                if g is not None:
-                    tile.add_grad(divergence, value, gradient_weight[k, rows], g)
-            if g is None:
+        values = torch.empty_like(row_weight)
+        for rows in source.tiles():
+            for own, block in source.blocks(rows):
+                values[:, own] = engine(block, gradient_weight[:, own], block.student if any(need) else None)
+            if not any(need):
                 continue
-            if head.softcap is not None:
-                g *= 1 - (tile.full.student / head.softcap) ** 2
-            del tile
-            if head.scale != 1.0:
-                g *= head.scale
+            g = source.product(rows)
             if d_bias is not None:
-                d_bias[: source.width] += g.sum(0)
+                d_bias[: source.width] += g.sum(0, dtype=source.dtype)
             if d_hidden is not None:
-                d_hidden[rows] = g.to(head.weight.dtype) @ head.weight[: source.width]
+                torch.mm(g, head.weight[: source.width], out=d_hidden[rows])
             if d_weight is not None:
                 _accumulate(d_weight[: source.width], g, head.hidden[rows])
-        ctx.save_for_backward(weights, d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(weights)
+        ctx.gradients = [d_hidden, d_weight, d_bias]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        return _weighted(values, row_weight).sum(-1)
+        ctx.mark_non_differentiable(values)
+        return _weighted(values, row_weight).sum(-1), values
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _):
         _refuse_double_backward("HeadLogits")
-        weights, *gradients = ctx.saved_tensors
-        factor = _factor(grad_output, weights)
-        scaled = (None if g is None else (g * factor).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
-        return (*scaled, *[None] * 5)
+        (weights,) = ctx.saved_tensors  # also what refuses a second backward without retain_graph
+        factor, gradients = _factor(grad_output, weights), ctx.gradients
+        if _graph_is_kept():
+            gradients = [None if g is None else g * factor.to(g.dtype) for g in gradients]
+        else:  # nobody reads them again: a head's gradient is too large to copy
+            ctx.gradients = None
+            gradients = [None if g is None else g.mul_(factor) for g in gradients]
+        return (*(None if g is None else g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5)
 
 
 class _Dense(torch.autograd.Function):
     """(N, V) logits → values (K, N), differentiable per term and row; tiles are made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, logits, source, divergences):
+    def forward(ctx, logits, source, engine):
         ctx.save_for_backward(logits)
-        ctx.source, ctx.divergences = source, divergences
-        return _values(source, divergences)
+        ctx.source, ctx.engine = replace(source, buffers={}), engine
+        return _values(source, engine)
 
     @staticmethod
     def backward(ctx, grad_output):
         _refuse_double_backward("logits")
         (logits,) = ctx.saved_tensors
         source = replace(ctx.source, student=logits.detach())
-        out = torch.zeros(logits.shape, dtype=source.dtype, device=logits.device)
-        for rows in source.slices():
-            tile = source.tile(rows)
-            for k, divergence in enumerate(ctx.divergences):
-                tile.add_grad(divergence, divergence.value(tile), grad_output[k, rows], out[rows])
-            del tile
-        return out.to(logits.dtype), None, None
+        out = torch.zeros_like(logits)
+        for rows in source.tiles():
+            for own, block in source.blocks(rows):
+                ctx.engine(block, grad_output[:, own], out[own, : source.width])
+        return out, None, None
 
 
-def _values(source: _Source, divergences: list[Divergence]) -> Tensor:
-    values = torch.zeros(len(divergences), source.rows, dtype=source.dtype, device=_anchor(source.student).device)
-    for rows in source.slices():
-        tile = source.tile(rows)
-        for k, divergence in enumerate(divergences):
-            values[k, rows] = divergence.value(tile)
-        del tile
+def _values(source: Source, engine: Eager | Compiled) -> Tensor:
+    terms = len(engine.plan.divergences)
+    values = torch.empty(terms, source.rows, dtype=source.dtype, device=source.device)
+    for rows in source.tiles():
+        for own, block in source.blocks(rows):
+            values[:, own] = engine(block, values[:, own], None)
     return values
 
 
-def _anchor(logits: Tensor | HeadLogits) -> Tensor:
-    return logits.hidden if isinstance(logits, HeadLogits) else logits
+def _setup(student, teacher, divergences: list[Divergence], labels, tile_bytes, tile_rows, engine):
+    """The source of the rows and the engine that runs the terms on them."""
+    dtype, device = kind_of(student)
+    plan = Plan.of(divergences, dtype, device)
+    compared = {
+        slot for d, slot in zip(divergences, plan.slots, strict=True) if not getattr(d, "full_vocabulary", False)
+    }
+    temperatures = [t if slot in compared else None for slot, t in enumerate(plan.temperatures)]
+    kind = choose(engine, student, device)
+    source = make_source(student, teacher, divergences, temperatures, labels, tile_bytes, tile_rows, kind)
+    return source, kind(plan, dtype)
 
 
 def _accumulate(d_weight: Tensor, g: Tensor, hidden: Tensor) -> None:
     """d_weight += gᵀ · hidden, summed in d_weight's own type; low precision inputs stay so on CUDA only."""
-    if hidden.dtype == g.dtype or not hidden.is_cuda:
-        torch.addmm(d_weight, g.T, hidden.to(g.dtype), out=d_weight)
+    if g.dtype == d_weight.dtype or not g.is_cuda:
+        torch.addmm(d_weight, g.to(d_weight.dtype).T, hidden.to(d_weight.dtype), out=d_weight)
     else:
-        torch.addmm(d_weight, g.to(hidden.dtype).T, hidden, out_dtype=g.dtype, out=d_weight)
+        torch.addmm(d_weight, g.T, hidden, out_dtype=d_weight.dtype, out=d_weight)
 
 
 def _scalar(weight: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -220,6 +137,11 @@ def _refuse_double_backward(name: str) -> None:
         )
 
 
+def _graph_is_kept() -> bool:
+    """Whether this backward pass retains the graph; True where torch does not tell."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
 def _factor(grad_output: Tensor, weights: Tensor) -> Tensor:
     """c of grad_output = c · weights."""
     c = (grad_output * weights).sum() / (weights * weights).sum().clamp(min=torch.finfo(weights.dtype).tiny)
@@ -230,9 +152,9 @@ def _factor(grad_output: Tensor, weights: Tensor) -> Tensor:
     return c
 
 
-def _row_weights(given, names: list[str], mask: Tensor | None, shape, reduction: str, like: Tensor, dtype) -> Tensor:
+def _row_weights(given, names: list[str], mask: Tensor | None, shape, reduction: str, device, dtype) -> Tensor:
     """(K, N) factors of the values. The mean's denominator is the number of counted rows."""
-    counted = torch.ones(shape, dtype=dtype, device=like.device) if mask is None else mask.detach().to(dtype)
+    counted = torch.ones(shape, dtype=dtype, device=device) if mask is None else mask.detach().to(dtype)
     if counted.shape != shape:
         raise ValueError(f"mask must have the shape of the rows {tuple(shape)}, got {tuple(counted.shape)}")
     if reduction == "mean":
@@ -254,8 +176,10 @@ def run_terms(
     mask: Tensor | None = None,
     row_weights: Tensor | Mapping[str, Tensor] | None = None,
     reduction: str = "mean",
+    per_row: dict[str, Tensor] | None = None,
     tile_bytes: int | None = None,
     tile_rows: int | None = None,
+    engine: str | None = None,
 ) -> dict[str, Tensor]:
     """Several divergences of the same rows, through one projection of the student.
 
@@ -264,16 +188,21 @@ def run_terms(
 
     Args:
         student: logits (..., V) or HeadLogits. float64 stays float64, else sums are float32.
-        teacher: logits (..., V), HeadLogits or SparseLogits with the same rows, no gradient; None if no term needs one.
-            Different vocabularies are compared on their common first entries; labels see the student's whole one.
-        terms: name -> (divergence, weight); a weight may be a 0-d tensor.
+        teacher: logits (..., V), HeadLogits, SparseLogits, SampledLogits or MixtureLogits with the same rows, no
+            gradient; None if no term needs one. Different vocabularies are compared on their common first entries;
+            labels see the student's whole one.
+        terms: name -> (divergence, weight); a weight may be a 0-d tensor. `metrics` are terms too (weight 0).
         labels: (...) int64; negative ones count nothing in the label cross-entropy.
-        mask: (...), 1 counts and 0 does not. None counts all. All zeros gives 0, not nan.
+        mask: (...), 1 counts and 0 does not. None counts all. All zeros gives 0, not nan. Masked rows of HeadLogits
+            are not projected (finding them waits for a GPU: index the rows beforehand where that matters).
         row_weights: (...) factors of the rows, for all terms or per term by name; no gradient flows through them. A
             mean still divides by the number of counted rows.
         reduction: "mean" over counted rows, "sum", or "none" (dense logits only).
-        tile_bytes: budget of one tile's student and teacher logits. Default 128 MiB, on CUDA 1 GiB.
+        per_row: a dict to be filled with name -> (...) values per row, detached, 0 where masked.
+        tile_bytes: budget of one tile's student and teacher products. Default 128 MiB, on CUDA 1 GiB.
         tile_rows: rows per tile, instead of a budget.
+        engine: "eager", "compile" (torch.compile of the tile stage; eager where it does not work), or "auto" (None):
+            compile for HeadLogits of at least 16,384 entries.
 
     Returns:
         name -> value, reduced and not multiplied by its weight.
@@ -292,25 +221,40 @@ def run_terms(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    by_head = isinstance(student, HeadLogits)
+    if by_head and reduction == "none":
+        raise ValueError(
+            'reduction="none" needs dense logits; with HeadLogits weigh the rows by row_weights and read per_row'
+        )
     if not terms:
         return {}
-    divergences = [divergence for divergence, _ in terms.values()]
-    source = _source(student, teacher, divergences, labels, tile_bytes, tile_rows)
-    device, shape = _anchor(student).device, student.shape[:-1]
-    row_weight = _row_weights(row_weights, list(terms), mask, shape, reduction, _anchor(student), source.dtype)
+    divergences, shape = [divergence for divergence, _ in terms.values()], student.shape[:-1]
+    dtype, device = kind_of(student)
+    row_weight = _row_weights(row_weights, list(terms), mask, shape, reduction, device, dtype)
+    index = None
+    if by_head and mask is not None:
+        index = mask.nonzero().flatten()
+        student, teacher = pick(student, index), pick(teacher, index)
+        labels, row_weight = None if labels is None else labels[index], row_weight[:, index]
+    source, run = _setup(student, teacher, divergences, labels, tile_bytes, tile_rows, engine)
     with torch.autocast(device.type, enabled=False):
-        if isinstance(student, HeadLogits):
-            if reduction == "none":
-                raise ValueError('reduction="none" needs dense logits; with HeadLogits weigh the rows by row_weights')
-            weights = [_scalar(w, source.dtype, device) for _, w in terms.values()]
-            out = _Fused.apply(
-                student.hidden, student.weight, student.bias, source, divergences, torch.stack(weights), row_weight,
+        if by_head:
+            weights = torch.stack([_scalar(w, dtype, device) for _, w in terms.values()])
+            out, rows = _Fused.apply(
+                student.hidden, student.weight, student.bias, source, run, weights, row_weight,
                 torch.is_grad_enabled(),
             )  # fmt: skip
         else:
-            rows = _Dense.apply(student.reshape(-1, student.shape[-1]), source, divergences)
+            rows = _Dense.apply(student.reshape(-1, student.shape[-1]), source, run)
             out = _weighted(rows, row_weight)
             out = out.reshape(len(terms), *shape) if reduction == "none" else out.sum(-1)
+    if per_row is not None:
+        rows = rows.detach()
+        if index is not None:
+            rows = rows.new_zeros(len(terms), *shape).index_copy_(1, index, rows)
+        elif mask is not None:
+            rows = rows.where(mask.reshape(-1) != 0, 0.0)
+        per_row |= zip(terms, rows.reshape(len(terms), *shape).unbind(0), strict=True)
     return dict(zip(terms, out.unbind(0), strict=True))
 
 
@@ -323,6 +267,7 @@ def observe(
     labels: Tensor | None = None,
     tile_bytes: int | None = None,
     tile_rows: int | None = None,
+    engine: str | None = None,
 ) -> dict[str, Tensor]:
     """Values per row, without a gradient and without (N, V) tensors; arguments as in `run_terms`.
 
@@ -337,9 +282,9 @@ def observe(
     """
     if not metrics:
         return {}
-    source = _source(student, teacher, list(metrics.values()), labels, tile_bytes, tile_rows)
-    with torch.autocast(_anchor(student).device.type, enabled=False):
-        values = _values(source, list(metrics.values()))
+    source, run = _setup(student, teacher, list(metrics.values()), labels, tile_bytes, tile_rows, engine)
+    with torch.autocast(source.device.type, enabled=False):
+        values = _values(source, run)
     return dict(zip(metrics, values.reshape(len(metrics), *student.shape[:-1]).unbind(0), strict=True))
 
 

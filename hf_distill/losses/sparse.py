@@ -8,18 +8,27 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.tile import Divergence, Tile
-from hf_distill.signals import SparseLogits, upcast
+from hf_distill.signals import SampledLogits, SparseLogits, upcast
 
 
-def check_tail(divergence: Divergence, teacher: SparseLogits) -> None:
-    """Says where a divergence and a sparse teacher's tail do not go together.
+def check_sparse(divergence: Divergence, teacher: SparseLogits | SampledLogits) -> None:
+    """Says where a divergence and a sparse teacher do not go together.
 
     Raises:
-        ValueError: the tail is "ignore" and the divergence is not the forward KL or its cross-entropy form.
+        ValueError: the tail is "ignore", or the teacher is known by draws, and the divergence is not the forward KL or
+            its cross-entropy form.
     """
     if getattr(divergence, "full_vocabulary", False):
         return
-    if teacher.tail == "ignore" and not getattr(divergence, "sums_over_support", False):
+    sums = getattr(divergence, "sums_over_support", False)
+    if isinstance(teacher, SampledLogits):
+        if not sums:
+            raise ValueError(
+                f"{divergence} of a teacher known by draws would be biased; use the forward KL or soft_cross_entropy, "
+                "or keep the teacher's hidden states or top-k"
+            )
+        return
+    if teacher.tail == "ignore" and not sums:
         raise ValueError(f'{divergence} needs the tail; use tail="bucket" or "renorm" ("ignore" is for the forward KL)')
     if teacher.tail == "renorm" and teacher.shape[-1] == 1:
         warnings.warn('tail="renorm" with k=1 compares 1 with 1: value and gradient are always 0', stacklevel=4)
@@ -33,14 +42,18 @@ class SparseTile(Tile):
 
     Args:
         full: the tile of the student's whole rows.
-        ids, log_probs: (rows, k) as in SparseLogits. Ids beyond the student's vocabulary count as padding.
-        tail: as in SparseLogits.
+        teacher: (rows, k). Ids beyond the student's vocabulary count as padding.
     """
 
-    def __init__(self, full: Tile, ids: Tensor, log_probs: Tensor, tail: str):
+    def __init__(self, full: Tile, teacher: SparseLogits | SampledLogits):
+        ids, log_probs = teacher.ids, teacher.log_probs.to(full.student.dtype)
         super().__init__(full.student, log_probs, full.labels, full=full)
-        self.tail = tail
+        self.tail = getattr(teacher, "tail", "ignore")  # draws stand for the whole vocabulary: nothing is left over
         self.known = log_probs.isfinite() & (ids < full.student.shape[-1])
+        self.weights = None
+        if isinstance(teacher, SampledLogits):
+            self.known &= teacher.weights > 0
+            self.weights = teacher.weights.to(full.student.dtype).where(self.known, 0.0)
         self.best = log_probs.where(self.known, -torch.inf).argmax(-1, keepdim=True)
         self.ids = ids.where(self.known, ids.gather(-1, self.best)).clamp(max=full.student.shape[-1] - 1)
 
@@ -51,11 +64,15 @@ class SparseTile(Tile):
     def log_p(self, temperature: float = 1.0) -> Tensor:
         return self.get("log_p", lambda: self._reduced(self.teacher))
 
+    def p(self, temperature: float = 1.0) -> Tensor:
+        """Of a teacher known by draws: what each draw weighs in an expectation under the teacher."""
+        return super().p(temperature) if self.weights is None else self.weights
+
     def inside(self) -> Tensor:
         return self.get("inside", lambda: self.log_p().isfinite() & self.log_q().isfinite())
 
     def student_top(self) -> Tensor:
-        return self.full.log_q().argmax(-1)
+        return self.full.student_top()
 
     def teacher_top(self) -> Tensor:
         return self.ids.gather(-1, self.best).squeeze(-1)

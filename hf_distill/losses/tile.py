@@ -43,8 +43,13 @@ class Tile:
 
     def __init__(self, student, teacher=None, labels=None, *, full: Tile | None = None, finite: bool = False):
         self.student, self.teacher, self.labels, self.finite = student, teacher, labels, finite
-        self.full = full or self
+        self._full = full  # never self: a cycle would keep the tile's tensors until the garbage collector comes by
         self.memo: dict = {}
+
+    @property
+    def full(self) -> Tile:
+        """The tile of the student's whole vocabulary."""
+        return self._full or self
 
     def get(self, key, make: Callable[[], Tensor]) -> Tensor:
         """make(), once per key."""
@@ -103,17 +108,32 @@ class Tile:
 
     def student_top(self) -> Tensor:
         """(rows,) the student's most likely entry."""
-        return self.log_q().argmax(-1)
+        return self.student.argmax(-1)
 
     def teacher_top(self) -> Tensor:
         """(rows,) the teacher's most likely entry."""
-        return self.log_p().argmax(-1)
+        return (self.log_p() if self.teacher is None else self.teacher).argmax(-1)
 
     def add_grad(self, divergence: Divergence, value: Tensor, row_weight: Tensor, out: Tensor) -> None:
         """Adds a divergence's gradient to `out`, which covers the student's whole vocabulary."""
         if not getattr(divergence, "full_vocabulary", False):
             out = out[:, : self.student.shape[-1]]
         divergence.add_grad(self, value, row_weight, out)
+
+
+class MixtureTile(Tile):
+    """A tile whose teacher is a mixture, known by its log-probabilities (rows, V) at the temperature of this tile."""
+
+    def __init__(self, student, log_probs: Tensor, labels=None, *, full: Tile | None = None, finite: bool = False):
+        super().__init__(student, log_probs, labels, full=full, finite=finite)
+
+    def log_p(self, temperature: float = 1.0) -> Tensor:
+        if temperature != 1.0:
+            raise ValueError(
+                "a mixture of teachers is made for the temperatures that its divergences declare; make the divergence "
+                "a frozen dataclass with a field `temperature`"
+            )
+        return self.teacher
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -26,6 +26,7 @@ from hf_distill.losses import (
     reverse_kl,
     run_terms,
 )
+from hf_distill.losses.engines import Eager
 
 EVERY = {
     "forward": ForwardKL(1.7), "reverse": ReverseKL(0.8), "jeffreys": Jeffreys(), "jsd": GeneralizedJSD(0.3),
@@ -61,7 +62,11 @@ def labels_of(rows=N, vocabulary=V):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_row_tiles_give_the_values_and_gradients_of_dense_logits(tile_rows, bias, softcap, scale, masked):
+@pytest.mark.parametrize("block_rows", [2, 64])
+def test_row_tiles_give_the_values_and_gradients_of_dense_logits(
+    monkeypatch, tile_rows, bias, softcap, scale, masked, block_rows
+):
+    monkeypatch.setattr(Eager, "block_bytes", lambda budget, device: block_rows * V * 8)
     leaves, student, teacher = heads(bias, scale, softcap)
     mask = torch.tensor([1, 0, 1, 1, 0]) if masked else None
     row_weights = {"forward": torch.rand(N), "label": torch.rand(N) + 1} if masked else None
@@ -158,6 +163,44 @@ def test_flops_are_one_projection_each_and_two_gradient_products(tile_rows):
     with Flops() as flops:
         observe(student, teacher, {"a": Agreement(), "s": StudentEntropy(), "t": TeacherEntropy()})
     assert flops.get_total_flops() == unit + teacher_unit
+
+
+@pytest.mark.parametrize("terms", [{"kl": (ForwardKL(2.0), 0.5)}, SMALL, TERMS])
+def test_masked_rows_cost_nothing(terms):
+    leaves, student, teacher = heads()
+    mask = torch.tensor([0, 1, 0, 0, 1])
+    with Flops() as flops:
+        values = run_terms(student, teacher, terms, labels=labels_of(), mask=mask)
+        sum(w * values[n] for n, (_, w) in terms.items()).backward()
+    assert flops.get_total_flops() == 2 * 2 * V * (3 * H + 6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "head"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_per_row_come_along(kind, masked):
+    leaves, student, teacher = heads()
+    mask, rows = torch.tensor([1, 0, 1, 1, 0]) if masked else None, {}
+    given = student if kind == "head" else student.dense()
+    values = run_terms(given, teacher, SMALL, labels=labels_of(), mask=mask, per_row=rows, tile_rows=2)
+    each = run_terms(student.dense(), teacher, SMALL, labels=labels_of(), mask=mask, reduction="none")
+    for name in SMALL:
+        torch.testing.assert_close(rows[name], each[name].detach())
+        torch.testing.assert_close(rows[name].sum() / (3 if masked else N), values[name].detach())
+        assert not rows[name].requires_grad and rows[name].shape == (N,)
+
+
+def test_a_retained_graph_can_be_run_again_and_a_freed_one_cannot():
+    leaves, student, teacher = heads()
+    values = run_terms(student, teacher, SMALL, labels=labels_of())
+    loss = sum(w * values[n] for n, (_, w) in SMALL.items())
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(2 * loss, leaves)
+    for a, b, c in zip(first, kept, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(2 * a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
 
 
 def test_a_sparse_teacher_costs_the_students_products_only():

@@ -13,10 +13,12 @@ from hf_distill.losses import (
     Jeffreys,
     LabelCrossEntropy,
     ReverseKL,
+    SampledLogits,
     SkewForwardKL,
     SkewReverseKL,
     SoftCrossEntropy,
     SparseLogits,
+    StudentEntropy,
     TeacherEntropy,
     forward_kl,
     generalized_jsd,
@@ -193,3 +195,42 @@ def test_confident_models_stay_finite_in_float32():
         value = one_term(s, sparse(t, 2), divergence, reduction="none")
         gradient = torch.autograd.grad(value.sum(), s)[0]
         assert value.isfinite().all() and gradient.isfinite().all(), divergence
+
+
+def draws(log_p, k, generator):
+    """k draws per row from p^(1/2), as SampledLogits."""
+    proposal = (log_p / 2).softmax(-1)
+    ids = torch.multinomial(proposal, k, replacement=True, generator=generator)
+    kept = log_p.gather(-1, ids)
+    return SampledLogits(ids, kept.exp() / proposal.gather(-1, ids) / k, kept)
+
+
+def test_draws_give_the_forward_kl_and_its_gradient_without_bias_and_top_k_does_not():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(30, 3, dtype=torch.float64)
+    log_p = (torch.randn(4, 30, dtype=torch.float64) * 2).log_softmax(-1)
+    terms = {"kl": (ForwardKL(), 1.0)}
+
+    def run(teacher):
+        value = run_terms(HeadLogits(hidden, weight), teacher, terms)["kl"]
+        return torch.cat([value.detach()[None], torch.autograd.grad(value, hidden)[0].flatten()])
+
+    exact, generator = run(log_p), torch.Generator().manual_seed(1)
+    seen = torch.stack([run(draws(log_p, 6, generator)) for _ in range(2000)])
+    error = (seen.mean(0) - exact).abs() / (seen.std(0) / 2000**0.5)
+    assert (error < 3.5).all() and error.mean() < 1.5
+    top = log_p.topk(6)
+    biased = run(SparseLogits(top.indices, top.values, "ignore"))
+    assert ((biased - exact).abs() > 10 * seen.std(0) / 2000**0.5).any()
+
+
+def test_of_draws_only_what_is_linear_in_the_teacher_is_taken():
+    log_p = torch.randn(2, 7).log_softmax(-1)
+    drawn = draws(log_p, 3, None)
+    for divergence in (ReverseKL(), GeneralizedJSD(0.5), TVD()):
+        with pytest.raises(ValueError, match="would be biased"):
+            run_terms(torch.randn(2, 7), drawn, {"d": (divergence, 1.0)})
+    label = {"kl": (ForwardKL(), 1.0), "label": (LabelCrossEntropy(), 1.0), "s": (StudentEntropy(), 0.0)}
+    run_terms(torch.randn(2, 7), drawn, label, labels=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="one shape"):
+        SampledLogits(drawn.ids, drawn.weights[:1], drawn.log_probs)
