@@ -164,7 +164,8 @@ class Compiled:
         self.plan, self.dtype, self.eager, self.key = plan, dtype, Eager(plan, dtype), None
 
     def __call__(self, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
-        if block.student.shape[0] < 2:  # torch.compile takes a size of 1 for a constant
+        # torch.compile takes a size of 1 for a constant, and does not run below a counter of operations
+        if block.student.shape[0] < 2 or torch._C._len_torch_dispatch_stack():
             return self.eager(block, weights, out)
         plan = self.plan
         if self.key is None:
@@ -173,6 +174,7 @@ class Compiled:
         if function is None:
             return self.eager(block, weights, out)
         _mark_rows(block)
+        weights = weights.contiguous()  # a slice's stride would be one more thing to compile for
         torch._dynamo.mark_dynamic(weights, 1)
         if out is not None:
             torch._dynamo.mark_dynamic(out, 0)

@@ -26,7 +26,7 @@ from hf_distill.losses import (
     run_terms,
 )
 from hf_distill.losses.engines import MAX_STAGES, Compiled, Eager
-from tests.losses.test_fused import TERMS, gradients, heads, labels_of
+from tests.losses.test_fused import TERMS, Flops, gradients, heads, labels_of
 
 ROWS = 11
 
@@ -59,9 +59,10 @@ def compiler(monkeypatch):
 
 def test_compiled_equals_eager_for_all_terms_at_once_and_any_number_of_rows(compiler):
     leaves, student, teacher = heads(bias=True, scale=1.3, softcap=3.0, v_student=17, v_teacher=13, rows=ROWS)
-    for tile_rows in (64, 4, 3):  # the last tiles have 11, 3 and 2 rows
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for tile_rows in (64, 4, 3, 5):  # the last tiles have 11, 3, 2 and 1 rows
         same(*both(student, teacher, leaves, tile_rows=tile_rows), tolerance=1e-9)
-    assert len(compiler.stages) == 1 and compiler.works
+    assert compiler.works and torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
 def test_compiled_equals_eager_in_float32_and_without_a_gradient(compiler):
@@ -158,6 +159,13 @@ def test_an_own_divergence_that_is_no_dataclass_keeps_its_temperature(compiler):
         torch.testing.assert_close(a["r"], b["r"])
         for x, y in zip(gradients(own, a, leaves), gradients(stock, b, leaves), strict=True):
             torch.testing.assert_close(x, y)
+
+
+def test_counting_operations_runs_eager(compiler):
+    leaves, student, teacher = heads(rows=ROWS)
+    with Flops() as flops:
+        run_terms(student, teacher, {"r": (ReverseKL(), 1.0)}, engine="compile")
+    assert flops.get_total_flops() == 2 * ROWS * 17 * (3 * 4 + 6) and not compiler.stages
 
 
 def test_an_unknown_engine_is_refused():

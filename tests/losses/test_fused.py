@@ -165,6 +165,13 @@ def test_flops_are_one_projection_each_and_two_gradient_products(tile_rows):
     assert flops.get_total_flops() == unit + teacher_unit
 
 
+def test_entries_that_no_term_reads_are_not_projected():
+    leaves, student, teacher = heads(v_student=17, v_teacher=13)
+    with Flops() as flops:
+        reverse_kl(student, teacher).backward()
+    assert flops.get_total_flops() == 2 * N * 13 * (3 * H + 6)
+
+
 @pytest.mark.parametrize("terms", [{"kl": (ForwardKL(2.0), 0.5)}, SMALL, TERMS])
 def test_masked_rows_cost_nothing(terms):
     leaves, student, teacher = heads()
