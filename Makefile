@@ -1,10 +1,10 @@
-# make demo | test | lint | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
+# make demo | test | lint | bench | bench-smoke | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-smoke clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_distill.demo
@@ -15,6 +15,20 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# one thread, on a quiet machine; the figures go to benchmarks/results and docs/performance.md
+bench bench-smoke: export OMP_NUM_THREADS = 1
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_loss
+	$(BIN)/python -m benchmarks.bench_loss --system_allocator --losses fKL JSD
+	$(BIN)/python -m benchmarks.bench_loss --large
+	$(BIN)/python -m benchmarks.bench_memory
+	$(BIN)/python -m benchmarks.bench_trainer
+	$(BIN)/python -m benchmarks.bench_packing
+	$(BIN)/python -m benchmarks.report
+
+bench-smoke: $(INSTALLED)
+	$(BIN)/python -m benchmarks.smoke
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache

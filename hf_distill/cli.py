@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 
 
-def methods(_: argparse.Namespace) -> None:
+def methods(_: list[str]) -> None:
     """Print every method, those of installed packages included."""
     from hf_distill.methods import cards
 
@@ -15,6 +16,90 @@ def methods(_: argparse.Namespace) -> None:
         print(f"{card.slug:18s} {card.kind:10s} {card.modality:12s} {paper:18s} {card.title}{origin}")
 
 
+@dataclass
+class CacheArguments:
+    """What `hf-distill cache` adds to a recipe's flags; see `cache_teacher`."""
+
+    mode: str = field(
+        default="hidden",
+        metadata={
+            "help": "hidden: exact for every divergence and temperature. topk, sampled: smaller, one temperature. "
+            "logits: all of them. scores: log p(label) of every loss row."
+        },
+    )
+    k: int = field(default=64, metadata={"help": "Ids kept per row in mode topk."})
+    draws: int = field(default=50, metadata={"help": "Draws per row in mode sampled."})
+    alpha: float = field(default=1.0, metadata={"help": "Draws come from p^alpha / Z in mode sampled."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of the softmax in modes topk and sampled; training must use the same."}
+    )
+    cache_dtype: str = field(
+        default="auto", metadata={"help": "Of stored floats: auto, bfloat16, float32, float16; int8 in mode hidden."}
+    )
+    positions: str = field(
+        default="loss", metadata={"help": "Rows kept: loss (those that carry loss with these flags) or all."}
+    )
+    shard_examples: int = field(default=128, metadata={"help": "Examples per file: what a kill can cost."})
+
+
+def cache(flags: list[str]) -> None:
+    """Run a teacher once over the data that a recipe with the same flags would train on, and keep what it says."""
+    from hf_distill.recipe import load_language_setup, parse
+    from hf_distill.teachers import cache_teacher
+    from hf_distill.training.trainers import DistillSFTTrainer
+
+    script, recipe, args, model, settings = parse(CacheArguments, "cache", flags)
+    if not recipe.tiny and (args.teacher_model_name_or_path is None or script.dataset_name is None):
+        raise ValueError("say whose answers to keep, on which data: --teacher_model_name_or_path and --dataset_name")
+    push, args.push_to_hub = args.push_to_hub, False
+    setup = load_language_setup(script, recipe, args, model, make_student=stand_in)
+    trainer = DistillSFTTrainer(
+        setup.student,
+        teacher=setup.teacher,
+        args=args,
+        train_dataset=setup.train,
+        eval_dataset=setup.eval,
+        processing_class=setup.processing_class,
+    )
+    cached = cache_teacher(
+        trainer.teacher,
+        trainer,
+        args.output_dir,
+        mode=settings.mode,
+        k=settings.k,
+        draws=settings.draws,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        dtype=settings.cache_dtype,
+        seed=args.seed,
+        positions=settings.positions,
+        batch_size=args.per_device_eval_batch_size,
+        shard_examples=settings.shard_examples,
+        num_workers=args.dataloader_num_workers,
+    )
+    if trainer.is_world_process_zero():
+        size = sum(shard["bytes"] for shard in cached.manifest["shards"]) / 1e6
+        print(f"{len(cached.store):,} documents, {size:,.1f} MB in {args.output_dir}")
+        print(f"train with --teacher_model_name_or_path {args.output_dir}")
+        if push:
+            print(cached.push_to_hub(args.hub_model_id or args.output_dir.rstrip("/").split("/")[-1]))
+
+
+def stand_in(recipe, args, model, teacher) -> tuple:
+    """A small student in place of the real one, whose tokenizer prepares the data and whose weights no one needs."""
+    from transformers import ProcessorMixin
+
+    from hf_distill.recipe import named_student, small_student
+    from hf_distill.training import compat
+
+    processing_class = teacher.tokenizer
+    if model.model_name_or_path is not None:
+        processing_class = compat.load_processing_class(model.model_name_or_path, revision=model.model_revision)
+    if isinstance(processing_class, ProcessorMixin):  # pictures are prepared as the student's own family does
+        return named_student(recipe, args, model, teacher)
+    return small_student(teacher.config), processing_class
+
+
 def main(argv: list[str] | None = None) -> None:
     from hf_distill import __version__
 
@@ -22,8 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("methods", help="list the methods").set_defaults(run=methods)
-    options = parser.parse_args(argv)
-    options.run(options)
+    commands.add_parser(
+        "cache", help="keep what a teacher says of a dataset; takes a recipe's flags", add_help=False
+    ).set_defaults(run=cache)
+    options, flags = parser.parse_known_args(argv)
+    if flags and options.command != "cache":
+        parser.error(f"unknown arguments: {' '.join(flags)}")
+    options.run(flags)
 
 
 if __name__ == "__main__":

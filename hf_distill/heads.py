@@ -52,6 +52,13 @@ def labels_are_shifted(model: nn.Module) -> bool:
     return has_row_labels(base) and not unshifted
 
 
+def labels_of(model: nn.Module) -> str:
+    """What labels belong to: "positions" of the input, those of a "decoder" of its own, or whole "samples"."""
+    if not has_row_labels(model):
+        return "samples"
+    return "decoder" if is_encoder_decoder(base_model_of(model)) else "positions"
+
+
 def runs_dense(model: nn.Module) -> bool:
     """Whether the model has no head, or more than one projection, so that its own logits are used."""
     base = base_model_of(model)

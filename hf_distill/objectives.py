@@ -33,6 +33,7 @@ class Objective(nn.Module):
         couples_batch: why a term depends on which examples meet in a batch (contrastive, transport), or None.
         uses_teacher: False for objectives of the student alone.
         paper: the MethodCard it comes from, for model cards.
+        engine: the run's options of `run_terms` (tile_bytes), for a term of `other_terms` that projects.
         state: what must last between steps and is not trained: plain tensors, moved with the model, never cast, never
             broadcast by DDP, the same on every rank, saved with each checkpoint. Changed in `after_step` only.
     """
@@ -42,6 +43,7 @@ class Objective(nn.Module):
     couples_batch: str | None = None
     uses_teacher: bool = True
     paper = None
+    engine: dict = {}
 
     def __init__(self):
         super().__init__()
@@ -105,10 +107,9 @@ class Objective(nn.Module):
         """
         out: dict[str, Term] = {}
         groups: dict[str, dict] = {}
-        if observed:
-            groups["token"] = {name: (divergence, 0.0) for name, divergence in observed.items()}
         row_weights: dict[str, Tensor] = {}
         for prefix, factor, leaf in self.leaves():
+            leaf.engine = engine
             weights = leaf.weights(progress)
             own_rows = leaf.row_weights(student, teacher, progress)
             for name, divergence in leaf.logit_terms(progress).items():
@@ -117,6 +118,9 @@ class Objective(nn.Module):
                     row_weights[prefix + name] = own_rows[name]
             for name, value in leaf.other_terms(student, teacher, progress).items():
                 out[prefix + name] = Term(value, factor * weights.get(name, 1.0), leaf.per_of(name))
+        home = "token" if "token" in groups or not groups else next(iter(groups))  # weight 0: any projection will do
+        if observed:
+            groups.setdefault(home, {}).update((name, (divergence, 0.0)) for name, divergence in observed.items())
         for per, terms in groups.items():
             values = run_terms(
                 student.logits,
@@ -124,14 +128,15 @@ class Objective(nn.Module):
                 terms,
                 labels=student.labels,
                 mask=student.mask,
-                row_weights=self._row_weights_of_group(student, per, terms, row_weights),
+                row_weights=self._row_weights_of_group(student, per, terms.keys() - (observed or {}), row_weights),
                 **engine,
             )
-            out |= {name: Term(values[name], terms[name][1], per) for name in terms}
+            units = {name: "token" if observed and name in observed else per for name in terms}
+            out |= {name: Term(values[name], terms[name][1], units[name]) for name in terms}
         return out
 
     @staticmethod
-    def _row_weights_of_group(student: Signals, per: str, terms: dict, own: dict[str, Tensor]) -> dict | None:
+    def _row_weights_of_group(student: Signals, per: str, terms: set[str], own: dict[str, Tensor]) -> dict | None:
         shared = sample_row_weights(student) if per == "sample" and student.rows is not None else None
         mine = {name: own[name] if shared is None else own[name] * shared for name in terms if name in own}
         if shared is not None:

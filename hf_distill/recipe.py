@@ -125,8 +125,10 @@ def _embedded_arguments(args: DistillSFTConfig, given: set[str], method: str) ->
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
-def load_language_setup(script, recipe: RecipeArguments, args: DistillSFTConfig, model: ModelConfig) -> Setup:
-    """Models, tokenizer and datasets of a run.
+def load_language_setup(
+    script, recipe: RecipeArguments, args: DistillSFTConfig, model: ModelConfig, make_student=None
+) -> Setup:
+    """Models, tokenizer and datasets of a run; `make_student` stands for the student that the flags name.
 
     Raises:
         ValueError: a path that is no model or no data, or flags that contradict each other.
@@ -139,7 +141,7 @@ def load_language_setup(script, recipe: RecipeArguments, args: DistillSFTConfig,
     elif _is_embedded(script, args, model):
         return embedded_setup(args.seed)
     teacher = teacher_from(None, args)
-    student, processing_class = _student(recipe, args, model, teacher)
+    student, processing_class = (make_student or named_student)(recipe, args, model, teacher)
     train, held_out = (made_up_rows(),) * 2 if recipe.tiny else _data(script, recipe, args)
     if isinstance(teacher, AdapterOffTeacher) and not model.use_peft:
         raise ValueError("--teacher_adapter_off needs --use_peft: the teacher is the adapter's base")
@@ -184,7 +186,7 @@ def small_student(teacher_config, seed: int = 0) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-def _student(recipe: RecipeArguments, args, model: ModelConfig, teacher: Teacher | None):
+def named_student(recipe: RecipeArguments, args, model: ModelConfig, teacher: Teacher | None):
     if recipe.student_init not in ("pretrained", "from_teacher", "random"):
         raise ValueError(f"student_init must be pretrained, from_teacher or random, got {recipe.student_init!r}")
     if recipe.student_init == "from_teacher":

@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Finish:
-    """What makes logits of a product (rows, V') of hidden rows and a head's first V' entries; fields as in HeadLogits."""
+    """What makes logits of a product (rows, V') of hidden rows and a head's first V' entries; see HeadLogits."""
 
     bias: Tensor | None = None
     scale: float = 1.0

@@ -23,6 +23,9 @@ class DataCollatorForDistillation:
         token_columns: columns with one entry per token; entry s describes the prediction made at position s.
         example_columns: columns with one value per example.
         vocabulary: ids from here on are errors (the common vocabulary of student and teacher); None does not check.
+        labels_of: what labels belong to, see `heads.labels_of`: "positions", a "decoder" of its own, or "samples",
+            whose batches get no rows.
+        readers: each adds `cached_` entries, aligned with the loss rows or documents: those of a cached teacher.
 
     Raises:
         ValueError: an id outside the vocabulary; a teacher's answer of another length than the student's.
@@ -36,20 +39,34 @@ class DataCollatorForDistillation:
         token_columns: tuple[str, ...] = (),
         example_columns: tuple[str, ...] = (),
         vocabulary: int | None = None,
+        labels_of: str = "positions",
+        readers: tuple = (),
     ):
-        self.base, self.shift, self.vocabulary = base, shift, vocabulary
+        self.base, self.shift, self.vocabulary, self.labels_of = base, shift, vocabulary, labels_of
+        self.readers = tuple(readers)
         self.token_columns, self.example_columns = tuple(token_columns), tuple(example_columns)
 
     @property
     def tokenizer(self):
         return getattr(self.base, "tokenizer", None)
 
+    @property
+    def row_keys(self) -> list[str]:
+        """Batch keys with one entry per loss row, beside the rows themselves."""
+        read = [key for reader in self.readers if reader.per == "token" for key in reader.keys.values()]
+        return [CACHED + name for name in self.token_columns] + read
+
+    @property
+    def document_keys(self) -> list[str]:
+        """Batch keys with one entry per document, beside `document_example`."""
+        return [key for reader in self.readers if reader.per == "sample" for key in reader.keys.values()]
+
     def __call__(self, features: list[dict], return_tensors: str | None = None) -> dict:
         cached = {*self.token_columns, *self.example_columns}
         plain = [{k: v for k, v in f.items() if k not in cached and not k.startswith(PREFIX)} for f in features]
         batch = dict(self.base(plain))
         labels = batch.get("labels")
-        if labels is not None and labels.dim() == 2:
+        if labels is not None and labels.dim() == 2 and self.labels_of != "samples":
             self._check_ids(batch)
             lengths = [len(f["input_ids"]) for f in features] if _is_flattened(batch, features) else None
             rows = loss_rows(labels, batch.get("position_ids"), shift=self.shift, example_lengths=lengths)
@@ -59,7 +76,10 @@ class DataCollatorForDistillation:
                 batch[CACHED + name] = values[rows["loss_rows"]]
         for name in self.example_columns:
             batch[CACHED + name] = torch.as_tensor([f[name] for f in features])
-        return batch | self._teacher_inputs(features, batch)
+        batch |= self._teacher_inputs(features, batch)
+        for reader in self.readers:
+            batch |= reader(batch, features, self.labels_of)
+        return batch
 
     def _teacher_inputs(self, features: list[dict], batch: dict) -> dict:
         own = [{k.removeprefix(PREFIX): v for k, v in f.items() if k.startswith(PREFIX)} for f in features]
@@ -67,10 +87,10 @@ class DataCollatorForDistillation:
             return {}
         collated = dict(self.base(own))
         labels = collated.get("labels")
-        if labels is not None and labels.dim() == 2 and "labels" in own[0]:
+        if "loss_rows" in batch and labels is not None and labels.dim() == 2 and "labels" in own[0]:
             lengths = [len(f["input_ids"]) for f in own] if _is_flattened(collated, own) else None
             rows = loss_rows(labels, collated.get("position_ids"), shift=self.shift, example_lengths=lengths)
-            _check_same_answers(rows, batch)
+            check_same_answers(rows, batch)
             collated |= rows
         return {PREFIX + key: value for key, value in collated.items()}
 
@@ -135,7 +155,8 @@ def _flat_positions(columns: list, shape: torch.Size, lengths: list[int] | None)
     return flat
 
 
-def _check_same_answers(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+def check_same_answers(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    """Two sets of rows are of the same answer tokens. Raises ValueError, naming the document where they are not."""
     count = min(len(student["document_example"]), len(teacher["document_example"]))
     ours = torch.bincount(student["row_document"], minlength=count)
     theirs = torch.bincount(teacher["row_document"], minlength=count)
@@ -143,4 +164,13 @@ def _check_same_answers(teacher: dict[str, Tensor], student: dict[str, Tensor]) 
         raise ValueError(
             f"the teacher's inputs have {theirs.tolist()} loss positions per document, the student's {ours.tolist()}: "
             "both must hold the same answer tokens (see teacher_labels), only what comes before may differ"
+        )
+    apart = (teacher["row_labels"] != student["row_labels"]).nonzero()
+    if len(apart):
+        row = int(apart[0])
+        document = int(student["row_document"][row])
+        raise ValueError(
+            f"the teacher's answer differs from the student's in document {document} of the batch (example "
+            f"{int(student['document_example'][document])}): token {int(teacher['row_labels'][row])} instead of "
+            f"{int(student['row_labels'][row])}. Both must hold the same answer tokens (see teacher_labels)"
         )

@@ -30,17 +30,21 @@ class Plan:
     Attributes:
         divergences: one per term, at temperature 1.
         slots: per term, which of `inverse` its tile's logits are multiplied by.
+        moving: per term, whether it has a gradient; one of weight 0.0 is only measured.
         inverse: 0-d tensors, 1 / temperature; the first is None and stands for 1.
         temperatures: the same as floats.
     """
 
     divergences: tuple[Divergence, ...]
     slots: tuple[int, ...]
+    moving: tuple[bool, ...]
     inverse: tuple[Tensor | None, ...]
     temperatures: tuple[float, ...]
 
     @classmethod
-    def of(cls, divergences: Sequence[Divergence], dtype: torch.dtype, device: torch.device) -> Plan:
+    def of(
+        cls, divergences: Sequence[Divergence], moving: Sequence[bool], dtype: torch.dtype, device: torch.device
+    ) -> Plan:
         temperatures, slots, bare = [1.0], [], []
         for divergence in divergences:
             temperature = float(getattr(divergence, "temperature", 1.0))
@@ -53,7 +57,7 @@ class Plan:
             slots.append(temperatures.index(temperature))
             bare.append(divergence)
         inverse = (None, *(torch.full((), 1 / t, dtype=dtype, device=device) for t in temperatures[1:]))
-        return cls(tuple(bare), tuple(slots), inverse, tuple(temperatures))
+        return cls(tuple(bare), tuple(slots), tuple(moving), inverse, tuple(temperatures))
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Block:
 def stage(
     divergences: tuple[Divergence, ...],
     slots: tuple[int, ...],
+    moving: tuple[bool, ...],
     inverse: tuple[Tensor | None, ...],
     block: Block,
     dtype: torch.dtype,
@@ -119,7 +124,7 @@ def stage(
     for k, (divergence, slot) in enumerate(zip(divergences, slots, strict=True)):
         tile = tiles[slot] = tiles[slot] or block.tile(logits, slot, inverse[slot])
         values.append(divergence.value(tile))
-        if g is not None:
+        if g is not None and moving[k]:
             weight = weights[k] if inverse[slot] is None else weights[k] * inverse[slot]
             tile.add_grad(divergence, values[k], weight, g)
     if out is not None:
@@ -142,7 +147,7 @@ class Eager:
 
     def __call__(self, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
         plan = self.plan
-        return stage(plan.divergences, plan.slots, plan.inverse, block, self.dtype, weights, out)
+        return stage(plan.divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
 
 
 class Compiled:
@@ -169,7 +174,7 @@ class Compiled:
             return self.eager(block, weights, out)
         plan = self.plan
         if self.key is None:
-            self.key = (_kind(plan.divergences), plan.slots, _kind(block), weights.dtype, out is None)
+            self.key = (_kind(plan.divergences), plan.slots, plan.moving, _kind(block), weights.dtype, out is None)
         function = self._function()
         if function is None:
             return self.eager(block, weights, out)
@@ -179,7 +184,7 @@ class Compiled:
         if out is not None:
             torch._dynamo.mark_dynamic(out, 0)
         try:
-            values = function(plan.divergences, plan.slots, plan.inverse, block, self.dtype, weights, out)
+            values = function(plan.divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
         except torch._dynamo.exc.TorchDynamoException as error:
             return self._give_up(error)(block, weights, out)
         if not Compiled.works:

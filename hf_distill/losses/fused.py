@@ -98,10 +98,10 @@ def _values(source: Source, engine: Eager | Compiled) -> Tensor:
     return values
 
 
-def _setup(student, teacher, divergences: list[Divergence], labels, tile_bytes, tile_rows, engine):
+def _setup(student, teacher, divergences: list[Divergence], moving: list[bool], labels, tile_bytes, tile_rows, engine):
     """The source of the rows and the engine that runs the terms on them."""
     dtype, device = kind_of(student)
-    plan = Plan.of(divergences, dtype, device)
+    plan = Plan.of(divergences, moving, dtype, device)
     compared = {
         slot for d, slot in zip(divergences, plan.slots, strict=True) if not getattr(d, "full_vocabulary", False)
     }
@@ -236,7 +236,8 @@ def run_terms(
         index = mask.nonzero().flatten()
         student, teacher = pick(student, index), pick(teacher, index)
         labels, row_weight = None if labels is None else labels[index], row_weight[:, index]
-    source, run = _setup(student, teacher, divergences, labels, tile_bytes, tile_rows, engine)
+    moving = [not (by_head and isinstance(w, (int, float)) and w == 0) for _, w in terms.values()]
+    source, run = _setup(student, teacher, divergences, moving, labels, tile_bytes, tile_rows, engine)
     with torch.autocast(device.type, enabled=False):
         if by_head:
             weights = torch.stack([_scalar(w, dtype, device) for _, w in terms.values()])
@@ -282,7 +283,9 @@ def observe(
     """
     if not metrics:
         return {}
-    source, run = _setup(student, teacher, list(metrics.values()), labels, tile_bytes, tile_rows, engine)
+    source, run = _setup(
+        student, teacher, list(metrics.values()), [False] * len(metrics), labels, tile_bytes, tile_rows, engine
+    )
     with torch.autocast(source.device.type, enabled=False):
         values = _values(source, run)
     return dict(zip(metrics, values.reshape(len(metrics), *student.shape[:-1]).unbind(0), strict=True))

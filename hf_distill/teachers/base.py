@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from hf_distill.signals import Signals
 
 PREFIX = "teacher_"
@@ -22,11 +24,18 @@ class Teacher:
         gives: which signals it can give; an objective that needs others is refused before training.
         name: what cards and messages call it.
         revision: of its weights, where known.
+        readers: what the collator asks for entries of each batch (see `teachers.cache`); a teacher made of others gives
+            all of theirs.
+        learns: its weights change while the student trains (an average, a peer).
+        learning_rate: of its trained module; None takes the student's.
     """
 
     gives: frozenset[str] = frozenset({"logits", "hidden_states", "attentions"})
     name: str = "teacher"
     revision: str | None = None
+    readers: tuple = ()
+    learns: bool = False
+    learning_rate: float | None = None
 
     def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(batch, needs) -> Signals")
@@ -53,6 +62,32 @@ class Teacher:
 
     def prepare(self, accelerator) -> None:
         """Place or shard the weights. Called once, before the first step."""
+
+    def trained_module(self) -> nn.Module | None:
+        """What learns by gradients beside the student: the trainer hangs it on the model. None: nothing does."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Once per optimizer step, after it and before a save; `step` counts from 1."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the trained module, by name: live tensors, the same on every rank."""
+        return {}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put saved state back, in place.
+
+        Raises:
+            ValueError: names or shapes differ from the present state's: the checkpoint belongs to another run.
+        """
+        mine = self.state_tensors()
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise ValueError(
+                f"the checkpoint holds {len(tensors)} tensors of its teacher's state and {self.name} has {len(mine)}, "
+                "or their names or shapes differ: resume with the teacher and student the run was started with"
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[name])
 
     def check(self) -> None:
         """Raise when its signals are not its model's (see `heads.check_head`)."""

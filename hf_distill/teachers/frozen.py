@@ -13,6 +13,7 @@ from torch import nn
 from hf_distill.heads import base_model_of, check_head, collect, rows_of, runs_dense
 from hf_distill.signals import HeadLogits, Signals
 from hf_distill.teachers.base import Teacher, teacher_batch
+from hf_distill.teachers.cached import is_cache, load_cached
 from hf_distill.training import compat
 
 logger = logging.getLogger(__name__)
@@ -219,13 +220,15 @@ def eval_mode(model: nn.Module):
 
 
 def load_teacher(teacher, **options) -> Teacher:
-    """A Teacher from a Teacher, a model, or a Hub id / folder; `options` go to `FrozenTeacher.from_pretrained`."""
+    """A Teacher from a Teacher, a model, or a Hub id / folder of a model or a cache; `options` go to its loader."""
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
         path = getattr(teacher.config, "_name_or_path", "")
         tokenizer = compat.load_processing_class(path) if path else None
         return FrozenTeacher(teacher, tokenizer, dense_logits=options.get("dense_logits", False))
+    if isinstance(teacher, (str, os.PathLike)) and is_cache(teacher):
+        return load_cached(teacher, **options)
     if isinstance(teacher, (str, os.PathLike)):
         return FrozenTeacher.from_pretrained(os.fspath(teacher), **options)
     raise TypeError(f"teacher must be a Hub id, a folder, a model or a Teacher, got {type(teacher).__name__}")

@@ -32,7 +32,7 @@ PROMISES = {
     "clean_student": "what is saved loads, matches and generates in a process without hf_distill",
     "exact_resume": "killed mid-epoch and restarted, weights, state and logs are bit for bit the uninterrupted run's",
     "distributed": "two ranks train with the same terms and end equal",
-    "frozen_teacher": "the teacher neither moves nor gets a gradient; under LoRA the student's base stays too",
+    "frozen_teacher": "the teacher neither moves nor gets a gradient (unless it `learns`); nor, under LoRA, the base",
     "quiet_evaluation": "evaluation changes no weight, state or random state",
 }
 

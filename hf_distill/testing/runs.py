@@ -184,6 +184,8 @@ def outcome(trainer, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
     if before is not None:
         values = {name: value - before[name] for name, value in values.items()}
     values |= {f"state {name}": value.clone() for name, value in trainer.objective.state_tensors().items()}
+    if trainer.teacher is not None:
+        values |= {f"teacher {name}": value.clone() for name, value in trainer.teacher.state_tensors().items()}
     for entry in trainer.state.log_history:
         if "loss" in entry:
             values |= {f"{k} at step {entry['step']}": v for k, v in entry.items() if k.startswith("loss")}

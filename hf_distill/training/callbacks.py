@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from transformers import TrainerCallback
 
-from hf_distill.losses import Agreement, ForwardKL, observe
+from hf_distill.losses import Agreement, Divergence, ForwardKL
 from hf_distill.signals import Signals
 from hf_distill.teachers.frozen import eval_mode
+from hf_distill.teachers.peer import EMATeacher
 from hf_distill.training.fidelity import measure_teacher
 
 
@@ -20,7 +21,13 @@ class DistillCallback(TrainerCallback):
 
     Signals are the step's own tensors: read them, do not keep them. `dispatch(event, **values)`, set by the trainer,
     tells all other DistillCallbacks of an event (a callback that generates text announces it with `on_generate`).
+
+    Attributes:
+        observed: values (divergences or metrics of `hf_distill.losses`) to measure on every training row beside the
+            objective's logit terms, at no further projection; their means are logged under these names.
     """
+
+    observed: dict[str, Divergence] = {}
 
     dispatch: Callable = staticmethod(lambda event, **values: None)
 
@@ -45,30 +52,38 @@ class DistillCallback(TrainerCallback):
 class TeacherAgreementCallback(DistillCallback):
     """Logs how far the student is from its teacher on training batches: `agreement` (top-1) and `teacher_kl`.
 
-    Args:
-        every: measure every so many steps; None takes `logging_steps`. Costs one more projection of those steps. Given,
-            what a killed run had measured since its last log is lost.
+    Both are means over all rows since the last log, measured in the projection of the objective's own logit terms; an
+    objective without any measures nothing.
     """
 
-    def __init__(self, every: int | None = None):
-        self.every = every
-        self.totals: torch.Tensor | None = None
+    observed = {"agreement": Agreement(), "teacher_kl": ForwardKL()}
 
-    def on_distill_loss(self, args, state, control, *, student, teacher, terms, **kwargs):
-        every = self.every or max(int(args.logging_steps), 1)
-        if teacher is None or teacher.logits is None or student.logits is None or (state.global_step + 1) % every:
-            return
-        values = observe(student.logits, teacher.logits, {"agreement": Agreement(), "kl": ForwardKL()})
-        rows = values["agreement"]
-        sums = torch.stack([rows.sum(), values["kl"].sum(), torch.full_like(rows, 1.0).sum()])
-        self.totals = sums if self.totals is None else self.totals + sums
 
-    def on_distill_log(self, args, state, control, *, logs, accelerator, **kwargs):
-        totals = torch.zeros(3, device=accelerator.device) if self.totals is None else self.totals
-        agreement, kl, rows = accelerator.reduce(totals.to(accelerator.device), "sum").tolist()
-        if rows:
-            logs |= {"agreement": agreement / rows, "teacher_kl": kl / rows}
-        self.totals = None
+class EMATeacherCallback(TrainerCallback):
+    """Keeps an EMATeacher's average of the model that any transformers Trainer trains, after every optimizer step.
+
+    Our own trainers do this for their teacher themselves, and save it with each checkpoint; this is for other trainers,
+    whose checkpoints do not hold the average: resumed, it starts from the weights of the checkpoint.
+    `with teacher.averaged(): trainer.save_model(folder)` writes it.
+
+    Args:
+        teacher: an EMATeacher.
+
+    Raises:
+        ValueError: at the start of training, where the trainer already keeps this teacher.
+    """
+
+    def __init__(self, teacher: EMATeacher):
+        self.teacher = teacher
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.teacher.student is None:
+            self.teacher.attach(model)
+        elif self.teacher.student is not model or hasattr(model, "distill_objective"):
+            raise ValueError("this EMATeacher is kept by its trainer already: leave EMATeacherCallback out")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.teacher.after_step(state.global_step)
 
 
 class SampleCompletionsCallback(DistillCallback):
@@ -130,11 +145,17 @@ class StepCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._restore_running_values()
         if args.measure_teacher_fidelity and state.global_step == 0:
             self.trainer.log(measure_teacher(self.trainer))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.checked:
+            self.trainer._check_peer_learns()
+            self.checked = True
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._after_optimizer_step()

@@ -155,6 +155,14 @@ def _shard_layers(model: nn.Module, accelerator) -> None:
         fully_shard(module, **options)
 
 
+def used_columns(trainer) -> frozenset[str] | None:
+    """The columns that a trainer's collator gets; None: all."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    trainer._set_signature_columns_if_needed()
+    return frozenset(trainer._signature_columns)
+
+
 def is_sharded(accelerator) -> bool:
     """Whether parameters live in shards (FSDP, DeepSpeed): the trainer's own files then hold the objective's too."""
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")

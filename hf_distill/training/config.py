@@ -8,6 +8,8 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from hf_distill.losses.engines import ENGINES
+
 
 @dataclass
 class DistillArguments:
@@ -67,6 +69,13 @@ class DistillArguments:
             "help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU."
         },
     )
+    loss_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "How a tile's divergences run: eager, compile (torch.compile), or auto (compile for vocabularies "
+            "from 16,384 on a GPU, else eager)."
+        },
+    )
 
     def __post_init__(self):
         if sum((self.teacher_load_in_8bit, self.teacher_load_in_4bit)) > 1:
@@ -77,6 +86,8 @@ class DistillArguments:
             raise ValueError(f"objective_learning_rate must be positive, got {self.objective_learning_rate}")
         if self.tile_megabytes is not None and self.tile_megabytes < 1:
             raise ValueError(f"tile_megabytes must be at least 1, got {self.tile_megabytes}")
+        if self.loss_engine not in ENGINES:
+            raise ValueError(f"loss_engine must be one of {', '.join(ENGINES)}, got {self.loss_engine!r}")
         # torch.compile of the whole model would compile a forward that is never called: the backbone is compiled
         self.compile_options = None
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_distill.heads import model_inputs
 from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
-from hf_distill.signals import SparseLogits
+from hf_distill.signals import SampledLogits, SparseLogits
 from hf_distill.training import compat
 
 _OBSERVED = {"teacher_kl": ForwardKL(), "agreement": Agreement(), "cross_entropy": LabelCrossEntropy()}
@@ -109,8 +109,8 @@ def observable(observed: dict, student, teacher) -> dict:
     if student.logits is None:
         return {}
     if teacher is None or teacher.logits is None:
-        observed = {"cross_entropy": observed["cross_entropy"]}
-    elif isinstance(teacher.logits, SparseLogits):
+        observed = {k: v for k, v in observed.items() if k == "cross_entropy"}
+    elif isinstance(teacher.logits, (SparseLogits, SampledLogits)):
         observed = {k: v for k, v in observed.items() if k != "agreement"}
     labels = student.labels
     if labels is None or labels.is_floating_point() or labels.dim() != 1:

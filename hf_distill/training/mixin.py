@@ -9,28 +9,31 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 
-from hf_distill.curricula.collators import CACHED, DataCollatorForDistillation
+from hf_distill.curricula.collators import DataCollatorForDistillation
 from hf_distill.heads import (
     base_model_of,
     check_head,
     collect,
     has_row_labels,
     labels_are_shifted,
+    labels_of,
     rows_of,
     runs_dense,
 )
 from hf_distill.objectives import Objective
 from hf_distill.teachers import Teacher
 from hf_distill.training import compat
+from hf_distill.training.caches import attach_readers
 from hf_distill.training.callbacks import DistillCallback, StepCallback
 from hf_distill.training.checks import check_launcher
 from hf_distill.training.evaluation import EvaluatesExactly, observable
+from hf_distill.training.parts import TrainsParts
 from hf_distill.training.saving import KEY, SavesObjective
 
 logger = logging.getLogger(__name__)
 
 
-class DistillMixin(EvaluatesExactly, SavesObjective):
+class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
     """Stands before Trainer, SFTTrainer or DPOTrainer in a class's bases. Everything not said here is the parent's."""
 
     loss_is_scaled_for_ga = True  # it divides by the global count, in `_scaled`, for every trainer
@@ -47,10 +50,12 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._redirect = compat.ForwardRedirection()
         self._window: dict[str, Tensor] = {}
         self._window_sums: dict[str, tuple[Tensor, str]] = {}
-        self._log_sums: dict[str, Tensor] = {}
+        self._log_sums: Tensor | None = None  # per name of `_names`
+        self._resumed_sums: dict[str, Tensor] = {}
         self._log_steps = 0
+        self._wrapped: nn.Module | None = None
         self._names: list[str] | None = None
-        self._non_finite: dict[str, Tensor] = {}
+        self._first_bad: Tensor | None = None  # per name, the first step at which it was not finite
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._resumed: dict[str, Tensor] | None = None
         self._wrote_checkpoints = False
@@ -60,6 +65,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
             self._check_teacher(teacher, objective)
         if objective is not None:
             self._attach_objective(objective, teacher)
+        attach_readers(self, teacher, objective)
         if teacher is not None:
             teacher.prepare(self.accelerator)
         self._compile_backbone()
@@ -73,6 +79,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         if not self.args.dense_logits and "logits" in objective.needs_of("student"):
             check_head(self.model, "student")
         objective.setup(self.model, teacher)
+        self._hang_peer(objective, teacher)
         objective.to(self.args.device)
         if "logits" not in objective.needs_of("student"):
             self._without_gradient_of_the_head(base)
@@ -81,7 +88,10 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._objective = objective
         if not isinstance(self.data_collator, DataCollatorForDistillation) and has_row_labels(self.model):
             self.data_collator = DataCollatorForDistillation(
-                self.data_collator, shift=self._shift, vocabulary=self._common_vocabulary()
+                self.data_collator,
+                shift=self._shift,
+                vocabulary=self._common_vocabulary(),
+                labels_of=labels_of(self.model),
             )
 
     def _without_gradient_of_the_head(self, base: nn.Module) -> None:
@@ -164,21 +174,6 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         extra = (*extra, *(n for n in names if isinstance(n, str) and n.startswith("teacher_")))
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        rate = self.args.objective_learning_rate
-        if fresh and rate is not None and self.objective is not None:
-            own = {id(p) for p in self.objective.parameters() if p.requires_grad}
-            for group in list(optimizer.param_groups):
-                mine = [p for p in group["params"] if id(p) in own]
-                if mine:
-                    group["params"] = [p for p in group["params"] if id(p) not in own]
-                    optimizer.add_param_group(
-                        {**{k: v for k, v in group.items() if k != "params"}, "params": mine, "lr": rate}
-                    )
-        return optimizer
-
     # ---- events ------------------------------------------------------------------------------------------------------
     def _distill_callbacks(self) -> list[DistillCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, DistillCallback)]
@@ -223,13 +218,14 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
                 self.progress,
                 observed=observed,
                 tile_bytes=None if megabytes is None else megabytes * 2**20,
+                engine=self.args.loss_engine,
             )
         # a mean over no items is nan; its share of the whole is nothing, but it stays in the graph
         empty = {name: t._replace(value=t.value.nan_to_num()) for name, t in terms.items() if not counts[t.per]}
         return student, teacher, terms | empty
 
     def _training_loss(self, model: nn.Module, batch: dict) -> Tensor:
-        student, teacher, terms = self._signals(model, batch)
+        student, teacher, terms = self._signals(model, batch, self._observed())
         counts = self._counts(batch)
         self._dispatch("on_distill_loss", student=student, teacher=teacher, terms=terms)
         for name, term in terms.items():
@@ -237,6 +233,13 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
             before = self._window_sums.get(name)
             self._window_sums[name] = (total if before is None else before[0] + total, term.per)
         return self._scaled(terms, counts)
+
+    def _observed(self) -> dict | None:
+        """What callbacks measure beside the objective's logit terms; nothing where it has none."""
+        read = self.objective.needs_of("student") & self.objective.needs_of("teacher")
+        if self.teacher is None or "logits" not in read or not self.objective.uses_teacher:
+            return None
+        return {name: d for callback in self._distill_callbacks() for name, d in callback.observed.items()} or None
 
     def _scaled(self, terms: dict, counts: dict[str, int]) -> Tensor:
         """The one scaling step: this micro-batch's share of the global mean, times the ranks that DDP averages over."""
@@ -287,8 +290,8 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
                 if prefix + "loss_rows" in batch:
                     batch |= {prefix + k: batch[prefix + k][rows] for k in ("loss_rows", "row_labels", "row_document")}
                     batch[prefix + "document_example"] = batch[prefix + "document_example"][kept]
-            for name in getattr(self.data_collator, "token_columns", ()):
-                batch[CACHED + name] = batch[CACHED + name][rows]
+            batch |= {key: batch[key][rows] for key in getattr(self.data_collator, "row_keys", ())}
+            batch |= {key: batch[key][kept] for key in getattr(self.data_collator, "document_keys", ())}
             return batch
         size = _first_tensor(batch).shape[0]
         if keep >= size:
@@ -299,7 +302,9 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        unwrapped = self.accelerator.unwrap_model(model)
+        if self._wrapped is not model:  # unwrapping looks for installed packages at every call
+            self._wrapped, self._unwrapped = model, self.accelerator.unwrap_model(model)
+        unwrapped = self._unwrapped
         loss = self._redirect(model, unwrapped, self._training_loss, unwrapped, inputs)
         return (loss, {}) if return_outputs else loss
 
@@ -311,16 +316,21 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
         self._check_names(names)
         sums = torch.stack([self._window_sums[name][0].float() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / self.get_tp_size()
-        means = {n: s / self._window[self._window_sums[n][1]] for n, s in zip(names, sums.unbind(), strict=True)}
-        step = torch.tensor(self.state.global_step, device=sums.device)
-        for name, mean in means.items():
-            before = self._non_finite.get(name, torch.full_like(step, -1))
-            self._non_finite[name] = torch.where((before < 0) & ~mean.isfinite(), step, before)
-            self._log_sums[name] = self._log_sums.get(name, 0.0) + mean
+        means = sums / torch.stack([self._window[self._window_sums[name][1]] for name in names])
+        bad = torch.where(means.isfinite(), torch.inf, float(self.state.global_step))
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        if self._resumed_sums:
+            self._log_sums = torch.stack([self._resumed_sums.get(name, means.new_zeros(())) for name in names])
+            self._resumed_sums = {}
+        self._log_sums = means if self._log_sums is None else self._log_sums + means
         self._log_steps += 1
         self._window_sums = {}
-        self.objective.after_step(means, self.progress)
-        self._dispatch("on_distill_step", terms=means, objective=self.objective)
+        observed = self._observed() or {}
+        terms = {name: mean for name, mean in zip(names, means.unbind(), strict=True) if name not in observed}
+        if self.teacher is not None:
+            self.teacher.after_step(self.state.global_step)
+        self.objective.after_step(terms, self.progress)
+        self._dispatch("on_distill_step", terms=terms, objective=self.objective)
 
     def _check_names(self, names: list[str]) -> None:
         """Ranks that add up different terms would wait for each other for ever."""
@@ -341,19 +351,22 @@ class DistillMixin(EvaluatesExactly, SavesObjective):
 
     def _check_finite(self) -> None:
         """Read the kept flags; the only place that waits for the device. Raises FloatingPointError."""
-        for name, step in self._non_finite.items():
-            if (bad := int(step)) >= 0:
+        steps = [] if self._first_bad is None else self._first_bad.tolist()
+        measured = self._observed() or {}
+        for name, step in zip(self._names or (), steps, strict=False):
+            if step < float("inf") and name not in measured:
                 raise FloatingPointError(
-                    f"term {name!r} became NaN or infinite at step {bad}; nothing was saved after that step. Lower the "
-                    "learning rate, clip gradients (max_grad_norm), or use bf16/float32 instead of fp16"
+                    f"term {name!r} became NaN or infinite at step {int(step)}; nothing was saved after that step. "
+                    "Lower the learning rate, clip gradients (max_grad_norm), or use bf16/float32 instead of fp16"
                 )
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         if self.objective is not None and "loss" in logs:
             self._check_finite()
-            for name, total in self._log_sums.items():
-                logs[f"loss/{name}"] = float(total) / max(self._log_steps, 1)
-            self._log_sums, self._log_steps = {}, 0
+            observed, sums = self._observed() or {}, [] if self._log_sums is None else self._log_sums.tolist()
+            for name, total in zip(self._names or (), sums, strict=False):
+                logs[name if name in observed else f"loss/{name}"] = total / max(self._log_steps, 1)
+            self._log_sums, self._log_steps = None, 0
             logs |= {key: float(value) for key, value in self.objective.logs().items()}
             logs["num_tokens"] = int(self._tokens)
             self._dispatch("on_distill_log", logs=logs, accelerator=self.accelerator)

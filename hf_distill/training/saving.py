@@ -171,7 +171,10 @@ class SavesObjective:
     def _resume_tensors(self, parameters: dict) -> dict[str, torch.Tensor]:
         tensors = {f"parameter.{k}": v for k, v in parameters.items()}
         tensors |= {f"state.{k}": v for k, v in self.objective.state_tensors().items()}
-        tensors |= {f"log_sum.{k}": v for k, v in self._log_sums.items()}
+        if self.teacher is not None:
+            tensors |= {f"teacher.{k}": v for k, v in self.teacher.state_tensors().items()}
+        if self._log_sums is not None:
+            tensors |= {f"log_sum.{k}": v for k, v in zip(self._names, self._log_sums.unbind(), strict=True)}
         tensors["log_steps"] = torch.tensor([self._log_steps, self._globalstep_last_logged])
         tensors["tokens"] = self._tokens
         tensors["tr_loss"] = self._tr_loss_of_ranks
@@ -201,6 +204,8 @@ class SavesObjective:
         if self.args.merge_adapter or not hasattr(self.model, "get_base_model"):
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         needed = weights + (2 * trainable if self._in_checkpoint and not self.args.save_only_model else 0)
+        if self._in_checkpoint and self.teacher is not None:
+            needed += sum(t.numel() * t.element_size() for t in self.teacher.state_tensors().values())
         place = output_dir
         while not os.path.isdir(place):
             place = os.path.dirname(os.path.abspath(place))
@@ -214,7 +219,8 @@ class SavesObjective:
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
         """Write our card; see `hub.card`."""
-        write_model_card(self, model_name, dataset_name, tags)
+        with self._clean_student():
+            write_model_card(self, model_name, dataset_name, tags)
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -298,6 +304,8 @@ class SavesObjective:
                 )
             self.objective.load_state_dict(saved)
         self.objective.load_state_tensors(_under(tensors, "state."))
+        if self.teacher is not None:
+            self.teacher.load_state_tensors(_under(tensors, "teacher."))
         return tensors
 
     def _restore_running_values(self) -> None:
@@ -306,7 +314,7 @@ class SavesObjective:
             return
         tensors, self._resumed = self._resumed, None
         device = self.args.device
-        self._log_sums = {k: v.to(device) for k, v in _under(tensors, "log_sum.").items()}
+        self._resumed_sums = {k: v.to(device) for k, v in _under(tensors, "log_sum.").items()}
         self._log_steps, self._globalstep_last_logged = tensors["log_steps"].tolist()
         self._tokens = tensors["tokens"].to(device)
         losses = tensors["tr_loss"]
@@ -320,7 +328,8 @@ def _under(tensors: dict, prefix: str) -> dict:
 
 
 def _shapes(tensors: dict) -> str:
-    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items()) or "none"
+    named = [f"{k} {tuple(v.shape)}" for k, v in list(tensors.items())[:8]]  # a peer has hundreds
+    return ", ".join(named + ["..."] * (len(tensors) > 8)) or "none"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch.nn.functional import kl_div
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_distill import (
     DistillCallback,
@@ -31,7 +32,7 @@ class Recorder(DistillCallback):
         self.events.append("loss")
         self.steps.append(state.global_step)
         self.logits.append((student.logits.dense().detach(), teacher.logits.dense()))
-        assert terms["logitkd/kd"].per == "token" and terms["logitkd/kd"].value.requires_grad
+        assert terms["logitkd/kd"].per in ("token", "sample") and terms["logitkd/kd"].value.requires_grad
 
     def on_distill_step(self, args, state, control, *, terms, objective, **kwargs):
         self.events.append("step")
@@ -47,12 +48,16 @@ class Recorder(DistillCallback):
         self.texts.append((state.global_step, prompts, completions))
 
 
-def make_trainer(folder, callbacks, **settings):
+def objective(per="token"):
+    return LogitKD(label_weight=0.5, per=per) + FeatureKD()
+
+
+def make_trainer(folder, callbacks, objective=None, **settings):
     settings = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2) | settings
     return DistillSFTTrainer(
         tiny_llama(),
         teacher=FrozenTeacher(tiny_llama(32, 3, seed=1), tiny_tokenizer()),
-        objective=LogitKD(label_weight=0.5) + FeatureKD(),
+        objective=objective or LogitKD(label_weight=0.5) + FeatureKD(),
         args=sft_arguments(folder, **settings),
         train_dataset=text_dataset(16),
         eval_dataset={"a": text_dataset(3, seed=1), "b": text_dataset(2, seed=2)},
@@ -73,20 +78,36 @@ def test_an_event_is_missed(tmp_path):
     assert recorder.events == ["teacher", "teacher"]
 
 
-@pytest.mark.parametrize("every, measured", [(None, {1, 3}), (1, {0, 1, 2, 3})])
-def test_agreement_is_not_what_one_computes_by_hand(tmp_path, every, measured):
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_agreement_is_not_what_one_computes_by_hand(tmp_path, per):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, [recorder, TeacherAgreementCallback(every)], logging_steps=2, learning_rate=3e-2)
+    callbacks = [recorder, TeacherAgreementCallback()]
+    trainer = make_trainer(tmp_path, callbacks, logging_steps=2, learning_rate=3e-2, objective=objective(per))
     trainer.train()
     logs = [log for log in trainer.state.log_history if "agreement" in log]
     assert [log["step"] for log in logs] == [2, 4]
     for log, steps in zip(logs, ({0, 1}, {2, 3}), strict=True):
-        taken = [pair for step, pair in zip(recorder.steps, recorder.logits, strict=True) if step in steps & measured]
-        ours, theirs = (torch.cat(side) for side in zip(*taken, strict=True))
-        agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-        divergence = kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean").item()
+        means = []
+        for step in steps:
+            taken = [pair for at, pair in zip(recorder.steps, recorder.logits, strict=True) if at == step]
+            ours, theirs = (torch.cat(side) for side in zip(*taken, strict=True))
+            agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+            kl = kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean").item()
+            means.append((agreement, kl))
+        agreement, divergence = (sum(values) / 2 for values in zip(*means, strict=True))
         assert log["agreement"] == pytest.approx(agreement) and log["teacher_kl"] == pytest.approx(divergence, rel=1e-4)
     assert logs[0]["teacher_kl"] != logs[1]["teacher_kl"]
+
+
+def test_agreement_costs_a_projection_or_moves_the_student(tmp_path):
+    def run(callbacks):
+        trainer = make_trainer(tmp_path, callbacks)
+        with FlopCounterMode(display=False) as flops:
+            trainer.train()
+        return flops.get_total_flops(), torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    (plain, without), (measured, student) = run([]), run([TeacherAgreementCallback()])
+    assert measured == plain and torch.equal(student, without)
 
 
 def test_samples_are_not_written_or_not_announced(tmp_path):
