@@ -6,7 +6,6 @@ loss: only the matrix products that any exact one needs, into reused buffers.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,7 +191,6 @@ def liger(x: Inputs, loss: str) -> Tensor:
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
 ENGINES = ("eager", "compile")
-HAS_ENGINES = "engine" in inspect.signature(run_terms).parameters
 
 
 class EngineWarnings(logging.Handler):
@@ -212,14 +210,10 @@ engine_warnings = EngineWarnings()
 
 def ours(x: Inputs, loss: str, engine: str = "eager", **options) -> Tensor:
     """All parts in one call; `options` go to run_terms."""
-    if not HAS_ENGINES and engine != "eager":
-        raise Absent("run_terms of this version has no engine argument")
-    if HAS_ENGINES:
-        options["engine"] = engine
     student = HeadLogits(x.student_hidden, x.student_head)
     teacher = HeadLogits(x.teacher_hidden, x.teacher_head) if uses_teacher(loss) else None
     terms = {part: (TERMS[part], 1.0) for part in parts_of(loss)}
-    value = sum(run_terms(student, teacher, terms, labels=x.labels, **options).values())
+    value = sum(run_terms(student, teacher, terms, labels=x.labels, engine=engine, **options).values())
     if engine != "eager" and engine_warnings.texts:
         raise Absent(f"fell back: {engine_warnings.texts[0]}")
     return value
