@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, field
 
 
@@ -61,10 +62,11 @@ def cache(flags: list[str]) -> None:
         eval_dataset=setup.eval,
         processing_class=setup.processing_class,
     )
+    folder = os.path.join(args.output_dir, "cache") if recipe.tiny else args.output_dir  # beside its stand-in models
     cached = cache_teacher(
         trainer.teacher,
         trainer,
-        args.output_dir,
+        folder,
         mode=settings.mode,
         k=settings.k,
         draws=settings.draws,
@@ -79,8 +81,8 @@ def cache(flags: list[str]) -> None:
     )
     if trainer.is_world_process_zero():
         size = sum(shard["bytes"] for shard in cached.manifest["shards"]) / 1e6
-        print(f"{len(cached.store):,} documents, {size:,.1f} MB in {args.output_dir}")
-        print(f"train with --teacher_model_name_or_path {args.output_dir}")
+        print(f"{len(cached.store):,} documents, {size:,.1f} MB in {folder}")
+        print(f"train with --teacher_model_name_or_path {folder}")
         if push:
             print(cached.push_to_hub(args.hub_model_id or args.output_dir.rstrip("/").split("/")[-1]))
 

@@ -193,7 +193,10 @@ def named_student(recipe: RecipeArguments, args, model: ModelConfig, teacher: Te
         from hf_distill.students import from_teacher
 
         if not isinstance(teacher, FrozenTeacher):
-            raise ValueError("--student_init from_teacher needs --teacher_model_name_or_path")
+            raise ValueError(
+                "--student_init from_teacher cuts the student from a teacher's weights: name a model with "
+                f"--teacher_model_name_or_path, got {'none' if teacher is None else type(teacher).__name__}"
+            )
         student = from_teacher(teacher.model, _layers(recipe.student_layers)).float()
         return student, teacher.tokenizer
     if model.model_name_or_path is None:

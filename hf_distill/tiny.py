@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from hf_distill.teachers.cached import is_cache
+
 # families of ids whose config cannot be read without a network, by the start of the id
 FAMILIES = {
     "Qwen/Qwen2.5": "qwen2",
@@ -62,6 +64,8 @@ def tiny_models(args, model, embedded_tokenizer: str) -> None:
     folder = os.path.join(args.output_dir, "tiny")
     if not args.teacher_adapter_off:
         path = args.teacher_model_name_or_path
+        if path is not None and is_cache(path):
+            raise ValueError(f"--tiny makes up its own teacher and data, and {path} is a cache of others: drop one")
         args.teacher_model_name_or_path = _write(path, os.path.join(folder, "teacher"), tokenizer, 64, seed=1)
         args.teacher_model_revision = None
     path = model.model_name_or_path or args.teacher_model_name_or_path

@@ -71,6 +71,19 @@ def test_recipe_takes_a_student_cut_from_the_teacher_and_files_of_the_user(tmp_p
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def test_a_cache_of_made_up_models_is_made_and_a_cache_is_no_model(tmp_path):
+    from hf_distill.cli import main
+
+    main(["cache", "--tiny", "--mode", "topk", "--k", "4", "--output_dir", str(tmp_path)])
+    cache = str(tmp_path / "cache")
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["codec"]["k"] == 4
+    argv = ["--teacher_model_name_or_path", cache, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="is a cache of others"):
+        recipe("logit_kd").main([*argv, "--tiny"])
+    with pytest.raises(ValueError, match="name a model with --teacher_model_name_or_path, got CachedTeacher"):
+        recipe("logit_kd").main([*argv, "--student_init", "from_teacher", "--dataset_name", "x"])
+
+
 def test_data_comes_from_every_kind_of_place(tmp_path):
     import pandas
     from datasets import Dataset

@@ -31,10 +31,8 @@ class _Fused(torch.autograd.Function):
             grad and x is not None and n for x, n in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
         d_hidden = torch.empty_like(head.hidden) if need[0] else None
-        d_weight, d_bias = (
-            torch.zeros(x.shape, dtype=source.dtype, device=x.device) if n else None
-            for x, n in zip((weight, bias), need[1:], strict=True)
-        )
+        d_weight = torch.empty(weight.shape, dtype=source.dtype, device=weight.device) if need[1] else None
+        d_bias = torch.zeros(bias.shape, dtype=source.dtype, device=bias.device) if need[2] else None
         gradient_weight = row_weight * weights[:, None]
         values = torch.empty_like(row_weight)
         for rows in source.tiles():
@@ -48,7 +46,9 @@ class _Fused(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(g, head.weight[: source.width], out=d_hidden[rows])
             if d_weight is not None:
-                _accumulate(d_weight[: source.width], g, head.hidden[rows])
+                _accumulate(d_weight[: source.width], g, head.hidden[rows], first=rows.start == 0)
+        if d_weight is not None:
+            d_weight[source.width if source.rows else 0 :] = 0
         ctx.save_for_backward(weights)
         ctx.gradients = [d_hidden, d_weight, d_bias]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -111,12 +111,18 @@ def _setup(student, teacher, divergences: list[Divergence], moving: list[bool], 
     return source, kind(plan, dtype)
 
 
-def _accumulate(d_weight: Tensor, g: Tensor, hidden: Tensor) -> None:
-    """d_weight += gᵀ · hidden, summed in d_weight's own type; low precision inputs stay so on CUDA only."""
-    if g.dtype == d_weight.dtype or not g.is_cuda:
-        torch.addmm(d_weight, g.to(d_weight.dtype).T, hidden.to(d_weight.dtype), out=d_weight)
-    else:
+def _accumulate(d_weight: Tensor, g: Tensor, hidden: Tensor, first: bool) -> None:
+    """d_weight += gᵀ · hidden (= for the first tile), summed in d_weight's own type, into which a CPU casts inputs."""
+    if g.dtype != d_weight.dtype and g.is_cuda:
+        if first:
+            d_weight.zero_()
         torch.addmm(d_weight, g.T, hidden, out_dtype=d_weight.dtype, out=d_weight)
+        return
+    g, hidden = g.to(d_weight.dtype), hidden.to(d_weight.dtype)
+    if first:
+        torch.mm(g.T, hidden, out=d_weight)
+    else:
+        torch.addmm(d_weight, g.T, hidden, out=d_weight)
 
 
 def _scalar(weight: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
