@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -65,11 +66,8 @@ class Setup:
 
     @property
     def trainer_arguments(self) -> dict:
-        return {
-            "eval_dataset": self.eval,
-            "processing_class": self.processing_class,
-            "peft_config": self.peft_config,
-        }
+        names = {"eval_dataset": "eval", "processing_class": "processing_class", "peft_config": "peft_config"}
+        return {argument: getattr(self, name) for argument, name in names.items()}
 
 
 def parse(config_class: type, method: str, argv: list[str] | None = None) -> tuple:
@@ -93,9 +91,7 @@ def parse(config_class: type, method: str, argv: list[str] | None = None) -> tup
 class _Script(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub id, folder saved by datasets, or json/jsonl/csv/parquet/txt file(s) or a folder of them."
-        },
+        metadata={"help": "Hub id, folder saved by datasets, or json/jsonl/csv/parquet/txt file(s) or folder of them."},
     )
 
 
@@ -276,6 +272,9 @@ MEASURES = (
 
 def run(setup: Setup, trainer, args, dataset_name: str | None = None) -> dict[str, float]:
     """Evaluate, train, evaluate, save, push if asked, and print what changed. Returns the last evaluation."""
+    if trainer.is_world_process_zero():
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("hf_distill").setLevel(logging.INFO)
     before = trainer.evaluate() if setup.eval is not None and not args.resume_from_checkpoint else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if setup.eval is not None else {}

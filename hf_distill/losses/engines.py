@@ -187,9 +187,7 @@ class Compiled:
             values = function(plan.divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
         except torch._dynamo.exc.TorchDynamoException as error:
             return self._give_up(error)(block, weights, out)
-        if not Compiled.works:
-            Compiled.works = True
-            logger.info("loss engine: compile (torch.compile of the tile stage)")
+        Compiled.works = True
         return values
 
     def _function(self):
@@ -233,6 +231,17 @@ def choose(engine: str | None, student: Tensor | HeadLogits, device: torch.devic
         large = isinstance(student, HeadLogits) and student.shape[-1] >= COMPILE_FROM
         engine = "compile" if large and device.type != "cpu" else "eager"
     return Compiled if engine == "compile" and not torch.compiler.is_compiling() else Eager
+
+
+_said: set[str] = set()
+
+
+def say(engine: Eager | Compiled, rows: int) -> None:
+    """Log once per process which engine runs."""
+    name = "eager" if isinstance(engine, Eager) or Compiled.works is False else "compile"
+    if name not in _said:
+        _said.add(name)
+        logger.info("loss engine: %s, tiles of up to %d rows", name, rows)
 
 
 def _kind(x):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_distill.losses.engines import Compiled, Eager, Plan, choose
+from hf_distill.losses.engines import Compiled, Eager, Plan, choose, say
 from hf_distill.losses.source import Source, kind_of, make_source, pick
 from hf_distill.losses.tile import Divergence
 from hf_distill.signals import HeadLogits, Logits
@@ -205,7 +205,8 @@ def run_terms(
             mean still divides by the number of counted rows.
         reduction: "mean" over counted rows, "sum", or "none" (dense logits only).
         per_row: a dict to be filled with name -> (...) values per row, detached, 0 where masked.
-        tile_bytes: budget of one tile's student and teacher products. Default 128 MiB, on CUDA 1 GiB.
+        tile_bytes: budget of one tile's student and teacher products. Default 128 MiB, on CUDA 1 GiB, or more where
+            256 rows need it.
         tile_rows: rows per tile, instead of a budget.
         engine: "eager", "compile" (torch.compile of the tile stage; eager where it does not work), or "auto" (None):
             compile for HeadLogits of at least 16,384 entries.
@@ -251,6 +252,7 @@ def run_terms(
                 student.hidden, student.weight, student.bias, source, run, weights, row_weight,
                 torch.is_grad_enabled(),
             )  # fmt: skip
+            say(run, source.tile_rows)
         else:
             rows = _Dense.apply(student.reshape(-1, student.shape[-1]), source, run)
             out = _weighted(rows, row_weight)

@@ -18,6 +18,7 @@ from hf_distill.losses.tile import Divergence
 from hf_distill.signals import Finish, HeadLogits, Logits, MixtureLogits, SampledLogits, SparseLogits
 
 TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}
+LEAST_ROWS = 256  # below, reading the heads once per tile costs more than the arithmetic hides
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,10 @@ def make_source(
             width = common
     matmul = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     student, teacher = flat(student, matmul), flat(teacher, matmul)
-    budget = tile_bytes or TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    needed = _row_bytes(student, teacher, width, common, dtype, sum(t is not None for t in temperatures))
+    least = LEAST_ROWS * needed if tile_bytes is None else 1
+    budget = max(tile_bytes or TILE_BYTES["cpu" if device.type == "cpu" else "cuda"], least)
     if tile_rows is None:
-        needed = _row_bytes(student, teacher, width, common, dtype, sum(t is not None for t in temperatures))
         tile_rows = max(1, budget // max(needed, 1))
     if tile_rows < 1:
         raise ValueError(f"tile_rows must be at least 1, got {tile_rows}")

@@ -66,7 +66,8 @@ class DistillArguments:
     tile_megabytes: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU."
+            "help": "Memory for one tile of logits. Results do not depend on it. Default: 1024 on GPU, 128 on CPU, or "
+            "what 256 rows need."
         },
     )
     loss_engine: str = field(

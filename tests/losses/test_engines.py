@@ -174,12 +174,14 @@ def test_an_unknown_engine_is_refused():
         run_terms(student, teacher, {"r": (ReverseKL(), 1.0)}, engine="triton")
 
 
-def test_the_engine_is_logged_once(compiler, caplog):
+def test_each_engine_is_logged_once(compiler, monkeypatch, caplog):
+    monkeypatch.setattr("hf_distill.losses.engines._said", set())
     leaves, student, teacher = heads(rows=ROWS)
     with caplog.at_level(logging.INFO, "hf_distill"):
-        for _ in range(2):
-            run_terms(student, teacher, {"r": (ReverseKL(), 1.0)}, engine="compile")
-    assert caplog.text.count("loss engine: compile") == 1
+        for engine in ("eager", "compile", None, "compile"):
+            run_terms(student, teacher, {"r": (ReverseKL(), 1.0)}, engine=engine, tile_rows=4)
+    said = [record.getMessage() for record in caplog.records if "loss engine" in record.getMessage()]
+    assert said == [f"loss engine: {name}, tiles of up to 4 rows" for name in ("eager", "compile")]
 
 
 class Peak(TorchDispatchMode):
