@@ -192,9 +192,16 @@ def check_head(model: nn.Module, what: str) -> None:
         what: "student" or "teacher", for the message.
 
     Raises:
-        ValueError: they differ: this family's logits are more than its head on its backbone.
+        ValueError: they differ: this family's logits are more than its head on its backbone; or DeepSpeed ZeRO-3 holds
+            the head, whose weights exist only inside its own forward.
     """
     base = base_model_of(model)
+    head = base.get_output_embeddings()
+    if head is not None and hasattr(head.weight, "ds_id"):
+        raise ValueError(
+            f"DeepSpeed ZeRO-3 gathers the {what}'s head only for its own forward: set dense_logits=True (more "
+            "memory), or use FSDP2, which is tested, or ZeRO-2"
+        )
     if runs_dense(base):
         if base.get_output_embeddings() is not None:
             logger.warning(

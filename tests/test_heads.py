@@ -143,3 +143,10 @@ def test_a_head_without_weights_in_memory_gives_an_empty_answer():
         model = tf.LlamaForCausalLM(tiny_llama().config)
     with pytest.raises(ValueError, match="no weights in memory .meta device."):
         head_logits(model, torch.zeros(2, 16))
+
+
+def test_a_head_that_zero_3_holds_is_refused_before_anything_runs():
+    model = tiny_llama()
+    model.lm_head.weight.ds_id = 7  # what deepspeed.zero.Init puts on every parameter
+    with pytest.raises(ValueError, match="ZeRO-3 gathers the teacher's head only for its own"):
+        check_head(model, "teacher")
