@@ -16,15 +16,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# one thread, on a quiet machine; the figures go to benchmarks/results and docs/performance.md
+# one thread, on a quiet machine; the figures go to benchmarks/results, docs/performance.md and docs/teachers.md
 bench bench-smoke: export OMP_NUM_THREADS = 1
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_loss
-	$(BIN)/python -m benchmarks.bench_loss --system_allocator --losses fKL JSD
+	$(BIN)/python -m benchmarks.bench_loss --system_allocator
 	$(BIN)/python -m benchmarks.bench_loss --large
+	$(BIN)/python -m benchmarks.bench_loss --large --system_allocator
 	$(BIN)/python -m benchmarks.bench_memory
 	$(BIN)/python -m benchmarks.bench_trainer
 	$(BIN)/python -m benchmarks.bench_packing
+	$(BIN)/python -m benchmarks.bench_teacher
 	$(BIN)/python -m benchmarks.report
 
 bench-smoke: $(INSTALLED)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.harness import MIB, ROOT, Absent, Report, loglog_slope, parser, reason, slope
 from benchmarks.loss_variants import ENGINES, VARIANTS, Inputs, make_inputs, ours
 
-CPU = dict(rows=1024, vocabulary=16384, teachers=1, student_hidden=128, teacher_hidden=256, tile_bytes=64 * MIB)
+CPU = dict(rows=1024, vocabulary=16384, teachers=1, student_hidden=128, teacher_hidden=256, tile_bytes=16 * MIB)
 CUDA = CPU | dict(rows=4096, vocabulary=151936, student_hidden=896, teacher_hidden=3584, tile_bytes=1024 * MIB)
 SWEEPS = {
     "rows": (512, 1024, 2048, 4096),

@@ -203,6 +203,12 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def _command(argv: list[str]) -> str:
+    """What was called, without the folder that the result went to."""
+    options = [a for i, a in enumerate(argv) if i and a != "--results" and argv[i - 1] != "--results"]
+    return " ".join([f"python -m benchmarks.{Path(argv[0]).stem}", *options])
+
+
 def load_average() -> list[float] | None:
     """Runnable processes over the last 1, 5 and 15 minutes: figures of a busy machine are rough."""
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -222,7 +228,7 @@ class Report:
         self.name = name
         self.result = {
             "name": name,
-            "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+            "command": _command(sys.argv),
             "clock": clock,
             "machine": machine(),
             "versions": versions(),

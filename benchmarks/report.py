@@ -1,4 +1,4 @@
-"""Pictures and tables of docs/performance.md from the JSON files in benchmarks/results.
+"""Pictures and tables of docs/performance.md and docs/teachers.md from the JSON files in benchmarks/results.
 
     python -m benchmarks.report
 
@@ -18,12 +18,15 @@ TITLES = {
     "loss_cpu": "Loss, CPU",
     "loss_cpu_system_allocator": "Loss, CPU, memory given back to the system and asked for again",
     "loss_cpu_large": "Loss, CPU, large vocabulary",
+    "loss_cpu_large_system_allocator": "Loss, CPU, large vocabulary, memory given back and asked for again",
     "loss_cuda": "Loss, GPU",
     "memory_cpu": "Memory of the loss, CPU",
     "memory_cuda": "Memory of the loss, GPU",
     "trainer": "Trainers",
     "packing": "Packing",
+    "teacher": "Teachers",
 }
+PAGES = {"teachers": ("teacher",)}  # all others are on the page performance
 
 
 def results_in(folder: Path) -> dict[str, dict]:
@@ -38,7 +41,7 @@ def section(name: str, result: dict, picture: str | None) -> str:
     if name.startswith("memory"):
         parts.append(memory_table(result))
     else:
-        parts += [time_table(entry) for entry in result["cases"]]
+        parts += [facts_table(entry) if "facts" in entry else time_table(entry) for entry in result["cases"]]
     if picture:
         parts.append(f"![{TITLES[name]}]({picture})")
     where, load = result["machine"], result["load_average"]
@@ -55,18 +58,37 @@ def time_table(entry: dict) -> str:
     """Milliseconds and ratios of the minima; absent rows with their reason."""
     bases = list(entry["ratios"])
     extra = list(dict.fromkeys(key for row in entry["rows"].values() for key in row if key not in HIDDEN_KEYS))
-    case = ", ".join(f"{k} {v}" for k, v in entry["case"].items())
     head = ["", "min ms", "median ms", *(f"× {base}" for base in bases), *(key.replace("_", " ") for key in extra)]
-    lines = [case, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [_case(entry), "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in entry["rows"].items():
         if "absent" in row:
             lines.append(f"| {name} | absent: {row['absent']} |" + " |" * (len(head) - 2))
             continue
         cells = [f"{row['min'] * 1e3:.1f}", f"{row['median'] * 1e3:.1f}"]
         cells += [f"{entry['ratios'][base][name]['min']:.2f}" for base in bases]
-        cells += [f"{row[key]:.2g}" if key in row else "" for key in extra]
+        cells += [_number(row[key]) if key in row else "" for key in extra]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "fit" in entry:
+        lines += ["", "Fitted: " + ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in entry["fit"].items())]
     return "\n".join(lines)
+
+
+def facts_table(entry: dict) -> str:
+    """Rows of named numbers that are no times."""
+    columns = list(dict.fromkeys(key for row in entry["facts"].values() for key in row))
+    lines = [_case(entry), "", "| " + " | ".join(["", *(c.replace("_", " ") for c in columns)]) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, row in entry["facts"].items():
+        lines.append(f"| {name} | " + " | ".join(_number(row[c]) if c in row else "" for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def _case(entry: dict) -> str:
+    return ", ".join(f"{k} {_number(v) if isinstance(v, float) else v}" for k, v in entry["case"].items())
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}" if 0.9 < value <= 1 else f"{value:.2g}"
 
 
 HIDDEN_KEYS = ("times", "min", "median", "system", "absent")
@@ -104,6 +126,8 @@ def draw(name: str, result: dict, path: Path) -> None:
         _draw_memory(axes, result)
     elif name.startswith("loss"):
         _draw_loss(axes, result)
+    elif name == "teacher":
+        _draw_bars(axes, result | {"cases": result["cases"][:1]})
     else:
         _draw_bars(axes, result)
     axes.set_title(TITLES[name], loc="left")
@@ -148,17 +172,22 @@ def _draw_bars(axes, result: dict) -> None:
 
 
 def write(results: Path = RESULTS, docs: Path = ROOT / "docs") -> str:
-    """Draw the pictures and fill docs/performance.md between its markers; gives the text between them."""
-    sections = []
-    for name, result in results_in(results).items():
-        picture = f"performance_{name}.png"
-        draw(name, result, docs / picture)
-        sections.append(section(name, result, picture))
-    body = "\n\n".join(sections) or "No results yet: run `make bench`."
-    page = docs / "performance.md"
-    head, rest = page.read_text(encoding="utf-8").split(START, 1)
-    page.write_text(f"{head}{START}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-    return body
+    """Draw the pictures and fill the pages between their markers; gives all text between them."""
+    found, written = results_in(results), []
+    apart = {name for names in PAGES.values() for name in names}
+    for page, names in {"performance": [n for n in found if n not in apart], **PAGES}.items():
+        sections = []
+        for name in names:
+            if name in found:
+                picture = f"{page}_{name}.png"
+                draw(name, found[name], docs / picture)
+                sections.append(section(name, found[name], picture))
+        body = "\n\n".join(sections) or "No results yet: run `make bench`."
+        path = docs / f"{page}.md"
+        head, rest = path.read_text(encoding="utf-8").split(START, 1)
+        path.write_text(f"{head}{START}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+        written.append(body)
+    return "\n\n".join(written)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks import bench_loss, bench_memory, bench_packing, bench_trainer, report
+from benchmarks import bench_loss, bench_memory, bench_packing, bench_teacher, bench_trainer, report
 from benchmarks.harness import MIB, ROOT, Report, keep_memory
 from benchmarks.toy import quiet
 
@@ -44,9 +44,14 @@ def main() -> None:
     bench_packing.measure(packing, rounds=1, first=2, last=5, hidden=(64, 128))
     packing.write(FOLDER)
 
-    shutil.copy(ROOT / "docs" / "performance.md", FOLDER)
+    teacher = Report("teacher", bench_teacher.CLOCK, config)
+    bench_teacher.measure_all(teacher, rounds=1, **bench_teacher.SMALL)
+    teacher.write(FOLDER)
+
+    for page in ("performance", "teachers"):
+        shutil.copy(ROOT / "docs" / f"{page}.md", FOLDER)
     report.write(FOLDER, FOLDER)
-    print(f"all benchmarks ran in {time.perf_counter() - start:.0f} s; the page they make: {FOLDER}/performance.md")
+    print(f"all benchmarks ran in {time.perf_counter() - start:.0f} s; the pages they make are in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -33,22 +33,21 @@ PLAIN = dict(
 )
 
 
-def llama(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
+def llama(hidden: int, layers: int, seed: int, **config) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
     )
+    return LlamaForCausalLM(LlamaConfig(**settings | config))
 
 
 def student(hidden: int = 64) -> LlamaForCausalLM:
@@ -71,10 +70,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return out
 
 
-def token_ids(lengths: list[int], seed: int = 0) -> list[list[int]]:
+def token_ids(lengths: list[int], seed: int = 0, vocabulary: int = VOCABULARY) -> list[list[int]]:
     """Random tokens, none of them special."""
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randint(len(SPECIAL), VOCABULARY, (n,), generator=draw).tolist() for n in lengths]
+    return [torch.randint(len(SPECIAL), vocabulary, (n,), generator=draw).tolist() for n in lengths]
 
 
 def quiet() -> None:

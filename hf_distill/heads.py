@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.signals import HeadLogits, Rows, Signals
+from hf_distill.taps import add_hidden_states, kinds, tapped
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
     Args:
         model: a transformers model (PEFT allowed); call it inside the wrapped model's forward when it is wrapped.
         batch: the model's inputs, with or without `labels`; row keys of the collator are ignored.
-        needs: of "logits", "hidden_states", "attentions".
+        needs: of "logits", "hidden_states", "attentions", "router_logits" (one of its `features`),
+            "features:<path>" (see `taps`).
         rows: the rows that carry loss; None for models with one label per sample.
         dense: take the model's own logits instead of backbone and head.
     """
@@ -144,24 +146,30 @@ def collect(model: nn.Module, batch: dict, needs: frozenset[str], rows: Rows | N
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if has_row_labels(base):
         inputs["use_cache"] = False  # with a cache, packed documents see each other
-    options = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
+    read = kinds(needs)
+    options = {f"output_{name}": True for name in ("hidden_states", "attentions", "router_logits") if name in read}
     by_head = "logits" in needs and not dense and not runs_dense(base)
-    if by_head or ("logits" not in needs and getattr(base, "base_model", base) is not base):
-        out, hidden = _run_backbone(base, inputs | options)
-        logits = None
-        if by_head:
-            logits = head_logits(base, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index))
-    else:
-        out = base(**inputs, **options)
-        logits = out.logits
-        if rows is not None:
-            logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.index)
+    own_head = "logits" in needs or ("features" in read and runs_dense(base))  # a tap may lie in a classifier
+    with tapped(base, needs) as features:
+        if by_head or (not own_head and getattr(base, "base_model", base) is not base):
+            out, hidden = _run_backbone(base, inputs | options)
+            logits = None
+            if by_head:
+                logits = head_logits(base, hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.index))
+        else:
+            out = base(**inputs, **options)
+            logits = out.logits
+            if rows is not None:
+                logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows.index)
     prefix = "decoder_" if is_encoder_decoder(base) else ""
+    hidden_states = tuple(getattr(out, prefix + "hidden_states", None) or ())
+    add_hidden_states(features, needs, hidden_states)
     return Signals(
         logits=logits,
         labels=batch.get("labels") if rows is None else rows.labels,
-        hidden_states=tuple(getattr(out, prefix + "hidden_states", None) or ()),
+        hidden_states=hidden_states,
         attentions=tuple(getattr(out, prefix + "attentions", None) or ()),
+        features=features | ({"router_logits": out.router_logits} if "router_logits" in needs else {}),
         rows=rows,
         batch=batch,
     )

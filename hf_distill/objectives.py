@@ -26,8 +26,8 @@ class Objective(nn.Module):
     """What a student is trained for. Subclasses give `logit_terms`, `other_terms`, or both.
 
     Attributes:
-        needs: what it reads of the signals: "logits", "hidden_states", "attentions"; "teacher.x" / "student.x" for one
-            side.
+        needs: what it reads of the signals: "logits", "hidden_states", "attentions", "features:<path>" (see `taps`);
+            "teacher.x" / "student.x" for one side.
         per: what its terms are means over: "token" (rows that carry loss), "sample" (documents) or "batch"; a dict
             {term: unit} where terms differ; a name of its own, counted by `count`.
         couples_batch: why a term depends on which examples meet in a batch (contrastive, transport), or None.
@@ -89,7 +89,8 @@ class Objective(nn.Module):
 
     def needs_of(self, side: str) -> frozenset[str]:
         """What is read of "student" or "teacher"."""
-        return frozenset(n.split(".")[-1] for n in self.needs if "." not in n or n.startswith(side + "."))
+        other = {"student": "teacher.", "teacher": "student."}[side]
+        return frozenset(n.removeprefix(side + ".") for n in self.needs if not n.startswith(other))
 
     def forward(
         self,
@@ -189,9 +190,15 @@ class Sum(Objective):
             raise ValueError(f"factors of added objectives must not be negative, got {[f for f, _ in flat]}")
         self.factors = [factor for factor, _ in flat]
         self.parts = nn.ModuleList(leaf for _, leaf in flat)
-        self.needs = frozenset().union(*(leaf.needs for leaf in self.parts))
         self.uses_teacher = any(leaf.uses_teacher for leaf in self.parts)
-        self.couples_batch = "; ".join(leaf.couples_batch for leaf in self.parts if leaf.couples_batch) or None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(leaf.needs for leaf in self.parts))
+
+    @property
+    def couples_batch(self) -> str | None:
+        return "; ".join(leaf.couples_batch for leaf in self.parts if leaf.couples_batch) or None
 
     def leaves(self) -> list[tuple[str, float, Objective]]:
         names = [type(leaf).__name__.lower() for leaf in self.parts]

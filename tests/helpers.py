@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_distill import DistillConfig, DistillSFTConfig
+from hf_distill import DistillConfig, DistillDPOConfig, DistillSFTConfig
 
 WORDS = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(61)]
 
@@ -54,6 +54,11 @@ _PLAIN = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, sav
 
 def sft_arguments(output_dir, **settings) -> DistillSFTConfig:
     return DistillSFTConfig(output_dir=str(output_dir), **_PLAIN | dict(max_length=16) | settings)
+
+
+def dpo_arguments(output_dir, **settings) -> DistillDPOConfig:
+    settings = _PLAIN | dict(gradient_checkpointing=False) | settings
+    return DistillDPOConfig(output_dir=str(output_dir), **settings)
 
 
 def plain_arguments(output_dir, **settings) -> DistillConfig:

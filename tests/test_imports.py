@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_distill"
 # Lower layers first. A module may import its own layer and those below it.
 LAYERS = (
-    ("signals", "losses", "heads"),
+    ("signals", "losses", "taps", "heads"),
     ("objectives",),
-    ("training", "curricula", "teachers", "students", "evaluation", "hub", "embedded"),
+    ("training", "curricula", "teachers", "students", "baselines", "evaluation", "hub", "embedded"),
     ("methods",),
     ("recipe", "testing", "testing_promises", "testing_worker", "tiny", "cli", "demo", "__main__"),
 )

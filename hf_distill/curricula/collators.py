@@ -64,7 +64,7 @@ class DataCollatorForDistillation:
     def __call__(self, features: list[dict], return_tensors: str | None = None) -> dict:
         cached = {*self.token_columns, *self.example_columns}
         plain = [{k: v for k, v in f.items() if k not in cached and not k.startswith(PREFIX)} for f in features]
-        batch = dict(self.base(plain))
+        batch = with_labels(dict(self.base(plain)))
         labels = batch.get("labels")
         if labels is not None and labels.dim() == 2 and self.labels_of != "samples":
             self._check_ids(batch)
@@ -137,6 +137,15 @@ def loss_rows(
         "row_document": document,
         "document_example": example_of_document[present],
     }
+
+
+def with_labels(batch: dict) -> dict:
+    """A preference batch as a language model's: its 2 B answers, chosen ones first, are what carries loss."""
+    if "completion_mask" not in batch or "labels" in batch:
+        return batch
+    mask = batch["completion_mask"]
+    kept = {k: v for k, v in batch.items() if k not in ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")}
+    return kept | {"labels": batch["input_ids"].masked_fill(mask == 0, -100)}
 
 
 def _is_flattened(batch: dict, features: list[dict]) -> bool:

@@ -1,5 +1,17 @@
-"""Losses on logits: divergences of two models' rows, their engines, sparse teachers and foreign tokenizers."""
+"""Losses as pure functions: divergences of two models' logits and their engines, features, relations, memory banks."""
 
+from hf_distill.losses.balance import balance_loss, router_z_loss
+from hf_distill.losses.classification import (
+    dist_loss,
+    dist_terms,
+    dkd_loss,
+    dkd_terms,
+    kd_loss,
+    nkd_loss,
+    nkd_terms,
+    standardize_logits,
+)
+from hf_distill.losses.contrastive import crd_loss, crd_update
 from hf_distill.losses.cross_tokenizer import align_bytes, uld_loss
 from hf_distill.losses.divergences import (
     DIVERGENCES,
@@ -17,6 +29,7 @@ from hf_distill.losses.divergences import (
     SoftCrossEntropy,
     Symmetric,
 )
+from hf_distill.losses.features import at_loss, fitnet_loss, hcl_loss
 from hf_distill.losses.functional import (
     adaptive_kl,
     alpha_beta,
@@ -31,6 +44,7 @@ from hf_distill.losses.functional import (
 )
 from hf_distill.losses.fused import observe, one_term, run_terms
 from hf_distill.losses.metrics import Agreement, StudentEntropy, TeacherEntropy
+from hf_distill.losses.relations import cc_loss, rkd_loss, rkd_terms, sp_loss
 from hf_distill.losses.sparse import topk_divergence
 from hf_distill.losses.tile import Divergence, Tile
 from hf_distill.signals import HeadLogits, MixtureLogits, SampledLogits, SparseLogits
@@ -62,16 +76,35 @@ __all__ = [
     "adaptive_kl",
     "align_bytes",
     "alpha_beta",
+    "at_loss",
+    "balance_loss",
+    "cc_loss",
+    "crd_loss",
+    "crd_update",
+    "dist_loss",
+    "dist_terms",
+    "dkd_loss",
+    "dkd_terms",
+    "fitnet_loss",
     "forward_kl",
     "generalized_jsd",
+    "hcl_loss",
     "jeffreys",
+    "kd_loss",
+    "nkd_loss",
+    "nkd_terms",
     "observe",
     "one_term",
     "reverse_kl",
+    "rkd_loss",
+    "rkd_terms",
+    "router_z_loss",
     "run_terms",
     "skew_forward_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "sp_loss",
+    "standardize_logits",
     "topk_divergence",
     "tvd",
     "uld_loss",

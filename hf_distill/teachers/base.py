@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_distill.signals import Signals
+from hf_distill.taps import Gives
 
 PREFIX = "teacher_"
 
@@ -30,7 +31,7 @@ class Teacher:
         learning_rate: of its trained module; None takes the student's.
     """
 
-    gives: frozenset[str] = frozenset({"logits", "hidden_states", "attentions"})
+    gives: frozenset[str] = Gives({"logits", "hidden_states", "attentions", "features"})
     name: str = "teacher"
     revision: str | None = None
     readers: tuple = ()

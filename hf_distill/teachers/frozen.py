@@ -65,7 +65,8 @@ class FrozenTeacher(Teacher):
 
         Args:
             auto_class: which `AutoModel…` loads it; None reads the class from the checkpoint's own config.
-            load_in_8bit, load_in_4bit: through bitsandbytes (nf4). `quantization_config` for other settings.
+            load_in_8bit, load_in_4bit: through bitsandbytes (nf4). `quantization_config` for other settings. In 8 bit
+                what is said of a row depends slightly on its batch (outlier columns; not at llm_int8_threshold=0).
             init_kwargs: dtype (default: the checkpoint's; float32 on a CPU, where bfloat16 is several times slower),
                 device_map, attn_implementation, max_memory…
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import torch
+from torch import Tensor
+
 from hf_distill.curricula.collators import DataCollatorForDistillation
 from hf_distill.heads import labels_are_shifted, labels_of
 from hf_distill.objectives import Objective
-from hf_distill.teachers import Teacher
+from hf_distill.teachers import CachedTeacher, Teacher
 from hf_distill.teachers.cache.reader import CacheReader
 from hf_distill.teachers.cache.source import prepared_by
 
@@ -47,3 +50,42 @@ def _check_temperature(objective: Objective, reader: CacheReader) -> None:
                         f"{name!r} of {type(leaf).__name__} asks for {asked}: cache with that temperature, or in mode "
                         '"hidden", which serves every temperature'
                     )
+
+
+class ReferenceCollator:
+    """A preference batch, and how likely a cached teacher found its answers: TRL's `ref_…_logps` (B,).
+
+    Args:
+        base: TRL's preference collator.
+        reader: of a cache of mode "scores" with `label_log_probs`.
+        ld_alpha: the trainer's: weight of an answer's tokens beyond the length of the shorter of its pair.
+    """
+
+    def __init__(self, base, reader: CacheReader, ld_alpha: float | None = None):
+        self.base, self.reader, self.ld_alpha = base, reader, ld_alpha
+
+    def __call__(self, features: list[dict]) -> dict:
+        batch = dict(self.base([dict(feature) for feature in features]))  # TRL's renames the example's own columns
+        rows = DataCollatorForDistillation(lambda _: batch, readers=(self.reader,))(features)
+        log_probs = rows[self.reader.keys["log_probs"]]
+        answer = rows["document_example"][rows["row_document"]]
+        if self.ld_alpha is not None:
+            beyond = _beyond_the_shorter(answer, 2 * len(features))
+            log_probs = torch.where(beyond, self.ld_alpha * log_probs, log_probs)
+        summed = log_probs.new_zeros(2 * len(features)).index_add_(0, answer, log_probs)
+        chosen, rejected = summed.chunk(2)
+        return batch | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+def _beyond_the_shorter(answer: Tensor, count: int) -> Tensor:
+    """Per token of `count` answers, chosen ones first: whether it lies beyond the length of the shorter of its pair."""
+    lengths = answer.bincount(minlength=count)
+    place = torch.arange(len(answer)) - (lengths.cumsum(0) - lengths)[answer]
+    return place >= torch.minimum(*lengths.chunk(2)).repeat(2)[answer]
+
+
+def read_reference(trainer, teacher: CachedTeacher) -> None:
+    """Let a preference trainer's collator read what its reference has cached."""
+    teacher.reader.compare(prepared_by(trainer), trainer.processing_class)
+    trainer.data_collator = ReferenceCollator(trainer.data_collator, teacher.reader, trainer.args.ld_alpha)
+    trainer.precompute_ref_logps = True

@@ -6,6 +6,7 @@ Written against transformers 5.23, trl 1.16, accelerate 1.15, peft 0.21. Nothing
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import BatchSampler
+from transformers import PretrainedConfig
 
 TESTED = {"transformers": "5.23", "trl": "1.16", "accelerate": "1.15", "peft": "0.21"}
 
@@ -96,7 +98,7 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
             name = (config.architectures or [""])[0]
             auto_class = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
         if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
+            kwargs["quantization_config"] = _without_the_classifier(quantization_config, auto_class, config)
         return auto_class.from_pretrained(path, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         remedy = "Give a folder with config.json and safetensors weights, or a Hub id"
@@ -108,6 +110,19 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
         raise ValueError(
             f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. {remedy}"
         ) from error
+
+
+def _without_the_classifier(quantization_config, auto_class, config):
+    """transformers means to leave a classifier's head as it is, and quantises those that have a bias."""
+    skipped = getattr(quantization_config, "llm_int8_skip_modules", ())  # None: transformers decides
+    if "Classification" not in auto_class.__name__ or skipped is not None:
+        return quantization_config
+    with torch.device("meta"):
+        model = getattr(auto_class, "from_config", None) or auto_class._from_config
+        last = list(model(config).named_parameters())[-1][0]
+    quantization_config = copy.deepcopy(quantization_config)
+    quantization_config.llm_int8_skip_modules = [last.rpartition(".")[0]]
+    return quantization_config
 
 
 def load_processing_class(path: str, **kwargs):
@@ -136,6 +151,14 @@ def prepare_frozen(model: nn.Module, accelerator, *, placed: bool) -> nn.Module:
     if not placed:
         model.to(accelerator.device)
     return model.eval()
+
+
+class NoReference(nn.Module):
+    """Stands where DPOTrainer wants a reference model, so that it loads none; what it would say is in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = PretrainedConfig()
 
 
 def _shard_layers(model: nn.Module, accelerator) -> None:

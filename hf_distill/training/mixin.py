@@ -119,8 +119,8 @@ class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
         if missing:
             raise ValueError(
                 f"{type(objective).__name__} needs {', '.join(sorted(missing))} of its teacher, "
-                f"{type(teacher).__name__} gives only {', '.join(sorted(teacher.gives))}: use a FrozenTeacher, or "
-                "another objective"
+                f"{type(teacher).__name__} gives only {', '.join(sorted(teacher.gives)) or 'scores or text'}: use a "
+                "FrozenTeacher, or another objective"
             )
         if "logits" in objective.needs_of("teacher"):
             teacher.check()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.heads import base_model_of
-from hf_distill.teachers import Teacher
+from hf_distill.teachers import AdapterOffTeacher, CachedTeacher, EMATeacher, FrozenTeacher, Teacher
 from hf_distill.training.checks import check_chat_templates, check_has_loss, common_vocabulary
 
 
@@ -64,3 +64,38 @@ def check_pair(student: nn.Module, teacher: Teacher, processing_class, dataset, 
     example = next(iter(dataset))
     if isinstance(example, dict) and not {"image", "images", "input_ids"} & example.keys():
         check_chat_templates(processing_class, teacher.tokenizer, example, args.allow_different_chat_templates)
+
+
+def check_reference(teacher: Teacher | None, args) -> None:
+    """A preference run's teacher can be its reference, and stays as it is. Raises ValueError, naming what can."""
+    if args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model moves the reference towards the student, and a teacher stays as it is: unset it"
+        )
+    if isinstance(teacher, CachedTeacher):
+        _check_cached_reference(teacher, args)
+    elif not isinstance(teacher, FrozenTeacher):
+        instead = {
+            AdapterOffTeacher: ". The student's own base is TRL's default: use trl.DPOTrainer with peft_config",
+            EMATeacher: ". For a reference that follows the student use trl.DPOTrainer with sync_ref_model",
+        }
+        raise ValueError(
+            "preference distillation needs a teacher model as its reference: pass teacher= a model or path, or "
+            "--teacher_model_name_or_path (a FrozenTeacher, or a CachedTeacher of its scores); got "
+            f"{type(teacher).__name__}{instead.get(type(teacher), '')}"
+        )
+
+
+def _check_cached_reference(teacher: CachedTeacher, args) -> None:
+    codec = teacher.codec
+    if codec.mode != "scores" or codec.per != "token" or "log_probs" not in codec.names:
+        raise ValueError(
+            f"the CachedTeacher {teacher.path} (mode {codec.mode!r}) does not hold how likely each answer is: build "
+            'the trainer with the live teacher, then cache_teacher(teacher, trainer, folder, mode="scores") writes it'
+        )
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            "the CachedTeacher holds the reference log-probabilities already: unset precompute_ref_log_probs"
+        )
+    if args.deepspeed_plugin is not None:
+        raise ValueError("a CachedTeacher as the reference was not tried under DeepSpeed: use DDP or FSDP")

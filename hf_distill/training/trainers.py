@@ -14,12 +14,13 @@ from trl import DPOTrainer, SFTTrainer
 
 from hf_distill.heads import is_encoder_decoder
 from hf_distill.objectives import LogitKD, Objective
-from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher, load_teacher
+from hf_distill.teachers import AdapterOffTeacher, CachedTeacher, Teacher, load_teacher
 from hf_distill.training import compat
+from hf_distill.training.caches import read_reference
 from hf_distill.training.checks import check_processes
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
 from hf_distill.training.mixin import DistillMixin
-from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared
+from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared, check_reference
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,13 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
     """DPOTrainer whose reference model is the teacher: another width, depth or padded vocabulary is fine.
 
     The student learns to tell good answers from bad ones better than its teacher does (LLaVA-MoD 2408.15881, stage 4).
-    Everything not said here is DPOTrainer's.
+    Everything not said here is DPOTrainer's. A CachedTeacher takes the reference out of training: build the trainer
+    with the live teacher once and write `cache_teacher(teacher, trainer, folder, mode="scores")`, of evaluation data
+    too; then train with `teacher=folder`. Unlike `precompute_ref_log_probs` it goes on after a kill, serves any
+    `ld_alpha`, takes pictures, and an answer that was cut or tokenised otherwise is an error.
+
+    Raises:
+        ValueError: a teacher that is neither a FrozenTeacher nor such a CachedTeacher.
     """
 
     loss_is_scaled_for_ga = False  # DPOTrainer's own mean per micro-batch
@@ -260,11 +267,7 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
     ):
         args = arguments_as(DistillDPOConfig, args, model)
         teacher = teacher_from(teacher, args, teacher_quantization_config)
-        if not isinstance(teacher, FrozenTeacher):
-            raise ValueError(
-                "preference distillation needs a teacher model as its reference: pass teacher= a model or path, or "
-                f"--teacher_model_name_or_path; got {type(teacher).__name__}"
-            )
+        check_reference(teacher, args)
         if args.measure_teacher_fidelity:
             raise ValueError("measure_teacher_fidelity does not read preference pairs: use it in DistillSFTTrainer")
         check_dataset(train_dataset, "train")
@@ -272,7 +275,7 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
         check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
             model=model,
-            ref_model=teacher.model,
+            ref_model=compat.NoReference() if isinstance(teacher, CachedTeacher) else teacher.model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -285,6 +288,13 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
         )
         self._attach(None, None)
         self.teacher = teacher
+        if isinstance(teacher, CachedTeacher):
+            read_reference(self, teacher)
+
+    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
+        if isinstance(self.ref_model, compat.NoReference):  # looked up batch by batch
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
         self._require_finite(logs.get("loss", 0.0))

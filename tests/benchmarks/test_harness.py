@@ -107,6 +107,7 @@ def test_the_page_shows_ratios_and_absent_peers_between_its_markers(tmp_path):
     out.write(tmp_path)
     page = tmp_path / "performance.md"
     page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    (tmp_path / "teachers.md").write_text(f"{report.START}{report.END}")
     report.write(tmp_path, tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -167,7 +167,7 @@ class _Hasher:
             _update(digest, "labels", answer[:length])
             if self.decoder_ids is not None:
                 _update(digest, "decoder_input_ids", self.decoder_ids[row, :length])
-        for image in self.images[example]:
+        for image in self.images[example % len(self.images)]:  # a preference batch holds each example twice
             _update_image(digest, image)
         return digest.digest()
 

@@ -14,7 +14,15 @@ from hf_distill.teachers.cache.keys import Document, documents_of, is_flattened
 from hf_distill.training import compat
 
 # of a trainer's settings, those that decide what the teacher sees and where the loss is
-PREPARING = ("max_length", "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss")
+PREPARING = (
+    "max_length",
+    "truncation_mode",
+    "packing",
+    "packing_strategy",
+    "padding_free",
+    "completion_only_loss",
+    "assistant_only_loss",
+)
 
 
 @dataclass

@@ -1,0 +1,100 @@
+"""The pages' snippets run, in their order, on tiny stand-ins for what they name; links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import hf_distill
+from hf_distill.cli import main
+from hf_distill.recipe import EMBEDDED
+from hf_distill.tiny import made_up_rows, tiny_model
+
+DOCS = Path(__file__).parents[1] / "docs"
+IDS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "student",
+    "Qwen/Qwen2.5-7B-Instruct": "teacher",
+    "Qwen/Qwen2.5-Coder-7B-Instruct": "coder",
+    "HuggingFaceH4/ultrachat_200k": "ultrachat",
+}
+QUICK = dict(use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=2, report_to="none", disable_tqdm=True)
+QUICK |= dict(save_strategy="no", gradient_checkpointing=False)
+
+
+def blocks(page: str) -> list[tuple[str, int, str]]:
+    """(language, line, text) of the page's fenced blocks."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(python|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(m[1], text.count("\n", 0, m.start(2)), m[2]) for m in found]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> dict:
+    """Tiny models and data under the names of the page, in the folder where it runs; its other variables."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    for seed, name in enumerate(("student", "teacher", "coder")):
+        tiny_model("qwen2", len(tokenizer), tokenizer, seed).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    rows = made_up_rows()
+    DatasetDict({"train_sft": rows}).save_to_disk("ultrachat")
+    for name, width in (("small", 8), ("large", 16)):
+        torch.manual_seed(width)
+        sizes = dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2)
+        BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=3, **sizes)).save_pretrained(name)
+    asked = [
+        {"prompt": f"range({i})?", "completion": f" It gives {i} numbers.", "hint": "Count them."} for i in range(4)
+    ]
+    pairs = [{"prompt": f"range({i})?", "chosen": f" {i} numbers.", "rejected": " None at all."} for i in range(4)]
+    reviews = [{"input_ids": [1 + i, 2, 3 + i % 5], "labels": i % 3} for i in range(8)]
+    return {
+        "load_ultrachat": lambda: rows,
+        "QUICK": QUICK,
+        "questions": Dataset.from_list(asked),
+        "pairs": Dataset.from_list(pairs),
+        "reviews": Dataset.from_list(reviews),
+        "small_classifier": "small",
+        "large_classifier": "large",
+        "__name__": "page",
+    }
+
+
+def on_stand_ins(text: str) -> str:
+    text = text.replace('load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft")', "load_ultrachat()")
+    for name, folder in IDS.items():
+        text = text.replace(name, folder)
+    return re.sub(r'Config\(output_dir="', 'Config(**QUICK, output_dir="', text)
+
+
+def test_a_snippet_about_teachers_does_not_run(world):
+    for language, line, text in blocks("teachers.md"):
+        text = on_stand_ins(text)
+        if language == "bash":
+            program, *arguments = shlex.split(text.replace("\\\n", " "))
+            assert program == "hf-distill", f"line {line}: {program}"
+            main(arguments)
+        else:  # as many lines before it as on the page, so that a traceback names the page's line
+            exec(compile("\n" * line + text, str(DOCS / "teachers.md"), "exec"), world)
+    assert Path("runs/averaged/model.safetensors").is_file() and Path("texts/teacher.json").is_file()
+
+
+def test_a_teacher_is_missing_from_its_page():
+    text = (DOCS / "teachers.md").read_text(encoding="utf-8")
+    kinds = [n for n in hf_distill.teachers.__all__ if n.endswith("Teacher") and n not in ("Teacher", "TextTeacher")]
+    assert len(kinds) > 8 and not [name for name in kinds if name not in text]
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_a_link_leads_nowhere(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, f"{page}: {target}"
+        elif not target.startswith("http"):
+            assert (DOCS / target.split("#")[0]).exists(), f"{page}: {target}"
