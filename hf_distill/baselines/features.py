@@ -127,7 +127,9 @@ class FitNet(TapsFeatures):
 class AttentionTransfer(TapsFeatures):
     """Attention transfer (1612.03928): CE + 1000 · Σ over stages of mean (a_s - a_t)²; see `losses.at_loss`.
 
-    Nothing is trained. Tokens of an image are taken as their grid, those of a text as a line without its padding.
+    Nothing is trained. Tokens of an image are taken as their grid, those of a text as a line without its padding. The
+    hidden states of post-norm models (BERT) have one energy at every position after LayerNorm, so that their attention
+    is flat and the term about 0: tap a place before the norm, as "bert.encoder.layer.1.output.dense".
 
     Args:
         layers: every stage or layer of the student, spread over the teacher's, by default.

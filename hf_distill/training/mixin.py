@@ -96,7 +96,8 @@ class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
 
     def _without_gradient_of_the_head(self, base: nn.Module) -> None:
         """A parameter without a gradient stops DDP at its second step, and has no optimizer state to resume."""
-        head, tied = base.get_output_embeddings(), base.config.get_text_config().tie_word_embeddings
+        head = base.get_output_embeddings()
+        tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)  # image models have none
         if head is not None and not tied:
             self._frozen_head = head.weight.requires_grad_(False)
         if self.args.ddp_find_unused_parameters is None:  # a head's bias, a pooler, layers above the last one read
