@@ -139,8 +139,8 @@ class Eager:
 
     @staticmethod
     def block_bytes(budget: int, device: torch.device) -> int:
-        """Size of one temporary; ten to twenty of them are alive at a time."""
-        return min(budget // 128, CACHE_BYTES) if device.type == "cpu" else budget // 128
+        """Size of one temporary; ten to twenty of them are alive at a time. A GPU has no use for small ones."""
+        return min(budget // 128, CACHE_BYTES) if device.type == "cpu" else budget // 32
 
     def __init__(self, plan: Plan, dtype: torch.dtype):
         self.plan, self.dtype = plan, dtype

@@ -52,7 +52,6 @@ class SparseTile(Tile):
         self.known = log_probs.isfinite() & (ids < full.student.shape[-1])
         self.weights = None
         if isinstance(teacher, SampledLogits):
-            self.known &= teacher.weights > 0
             self.weights = teacher.weights.to(full.student.dtype).where(self.known, 0.0)
         self.best = log_probs.where(self.known, -torch.inf).argmax(-1, keepdim=True)
         self.ids = ids.where(self.known, ids.gather(-1, self.best)).clamp(max=full.student.shape[-1] - 1)
