@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +40,9 @@ SPARSE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 class UpcycleConfig:
     """Settings of `upcycle_to_moe`, each checked when made. Defaults are LLaVA-MoD's (2408.15881) where it has any."""
 
-    layers: str | list[int] = field(
+    layers: str = field(
         default="alternate",
-        metadata={"help": f"Which layers become sparse: {', '.join(MODES)}, or a list of layer numbers."},
+        metadata={"help": f"Which layers become sparse: {', '.join(MODES)}, or layer numbers such as 0,2,4."},
     )
     num_experts: int = field(default=4, metadata={"help": "Experts per sparse layer, copies of the dense block."})
     top_k: int = field(default=2, metadata={"help": "Experts that each token goes to."})
@@ -57,7 +57,9 @@ class UpcycleConfig:
 
     def __post_init__(self):
         if isinstance(self.layers, str) and self.layers not in MODES:
-            raise ValueError(f"layers={self.layers!r}: expected {', '.join(MODES)}, or a list of layer numbers")
+            if not re.fullmatch(r"\d+(,\s*\d+)*", self.layers):
+                raise ValueError(f"layers={self.layers!r}: expected {', '.join(MODES)}, or layer numbers such as 0,2,4")
+            self.layers = [int(i) for i in self.layers.split(",")]
         if self.num_experts < 2:
             raise ValueError(f"num_experts={self.num_experts}: a sparse layer needs at least 2 experts")
         if not 1 <= self.top_k <= self.num_experts:
@@ -108,10 +110,9 @@ def upcycle_to_moe(
     """
     settings = UpcycleConfig(layers, num_experts, top_k, router_std, seed, native_only, capacity_factor)
     _check_dense(model)
-    chosen = moe_layers(layers, _layer_count(model))
+    chosen = moe_layers(settings.layers, _layer_count(model))
     config, kind = _sparse_config(model, chosen, settings)
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # Qwen2Moe's shared expert
+    with init_empty_weights(include_buffers=False):
         sparse = kind(config)
     blocks = routed_blocks(sparse)
     if len(blocks) != len(chosen):
@@ -180,9 +181,9 @@ def _sparse_config(model: PreTrainedModel, chosen: list[int], settings: UpcycleC
     dense = model.config
     text = dense.get_text_config()
     why_not = _why_not_native(text, chosen, settings)
-    sparse_text = _routed_text(model, chosen, settings) if why_not else _native_text(text, chosen, settings)
     if why_not and settings.native_only:
-        raise ValueError(f"native_only: {_family(model)} has no sparse class in transformers for this, {why_not}")
+        raise ValueError(f"native_only: {_family(model)} has no sparse class in transformers, {why_not}")
+    sparse_text = _routed_text(model, chosen, settings) if why_not else _native_text(text, chosen, settings)
     sparse_text._attn_implementation = text._attn_implementation
     if model.dtype == torch.float64:
         sparse_text._experts_implementation = "eager"  # grouped_mm has no float64
@@ -219,7 +220,7 @@ def _native_text(text: PretrainedConfig, chosen: list[int], settings: UpcycleCon
         "num_local_experts": settings.num_experts,
         "num_experts_per_tok": settings.top_k,
         "moe_intermediate_size": text.intermediate_size,
-        "shared_expert_intermediate_size": 0,  # Qwen2Moe: none, exactly
+        "shared_expert_intermediate_size": 1,  # Qwen2Moe's, of zeros: it never gets a gradient; FSDP fails on width 0
         "norm_topk_prob": True,
         "mlp_only_layers": [i for i in range(text.num_hidden_layers) if i not in chosen],
         "decoder_sparse_step": 1,
@@ -227,6 +228,7 @@ def _native_text(text: PretrainedConfig, chosen: list[int], settings: UpcycleCon
         "router_aux_loss_coef": 0.0,
     }
     known = {f.name for f in dataclasses.fields(kind)} - {"architectures", "transformers_version"}
+    known |= {"head_dim"}  # read by every attention, a field of few configs
     return kind(**{name: value for name, value in values.items() if name in known})
 
 
@@ -234,7 +236,10 @@ def _routed_text(model: PreTrainedModel, chosen: list[int], settings: UpcycleCon
     text = model.config.get_text_config()
     kind = getattr(routed, f"Routed{type(text).__name__}", None)
     if kind is None:
-        raise _unsupported(model, "neither transformers nor hf_distill has a sparse class of this family")
+        why = _why_not_native(text, chosen, settings)
+        raise _unsupported(
+            model, f"hf_distill.students.routed has no class of this family, nor has transformers, {why}"
+        )
     routing = {"layers": chosen, "num_experts": settings.num_experts, "top_k": settings.top_k}
     if settings.capacity_factor is not None:
         routing["capacity_factor"] = settings.capacity_factor
@@ -318,7 +323,7 @@ def _block_tensor(ffn: nn.Module, name: str, shape: torch.Size, draw: torch.Gene
     like = next(iter(weights.values()))
     if name == "gate.weight":
         return (torch.randn(shape, generator=draw) * std).to(like)
-    if name.startswith("shared_expert"):  # Qwen2Moe's, of width 0; its gate multiplies nothing
+    if name.startswith("shared_expert"):
         return torch.zeros(shape).to(like)
     parts = pieces[name.removeprefix("experts.")]
     unknown = weights.keys() - {part for names in pieces.values() for part in names}

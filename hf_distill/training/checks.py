@@ -338,3 +338,12 @@ def _flatten(column: pa.Array) -> tuple[pa.Array, pa.Array]:
     while pa.types.is_nested(column.type):
         rows, column = pc.take(rows, pc.list_parent_indices(column)), pc.list_flatten(column)
     return column, rows
+
+
+def check_adapter(model, peft_config) -> None:
+    """An adapter trains a sparse student's experts and routers. Raises ValueError where it would leave them frozen."""
+    if peft_config is None or not any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return
+    from hf_distill.students.routers import check_lora_reaches_experts
+
+    check_lora_reaches_experts(model, peft_config)

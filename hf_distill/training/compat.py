@@ -93,10 +93,13 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
     trust = kwargs.get("trust_remote_code", False)
     revision = kwargs.get("revision")
     try:
+        ours = transformers
+        if _model_type(path, revision).startswith("routed"):  # a sparse student that transformers has no class for
+            from hf_distill.students import routed as ours
         config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
         if auto_class is None:
             name = (config.architectures or [""])[0]
-            auto_class = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+            auto_class = getattr(ours, name, None) or transformers.AutoModelForCausalLM
         if quantization_config is not None:
             kwargs["quantization_config"] = _without_the_classifier(quantization_config, auto_class, config)
         return auto_class.from_pretrained(path, use_safetensors=True, **kwargs)
@@ -110,6 +113,12 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
         raise ValueError(
             f"cannot load the {what} from {path!r}, taken as {looked}: {str(error).strip().splitlines()[0]}. {remedy}"
         ) from error
+
+
+def _model_type(path: str, revision: str | None) -> str:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type") or ""
 
 
 def _without_the_classifier(quantization_config, auto_class, config):

@@ -17,7 +17,7 @@ from hf_distill.objectives import LogitKD, Objective
 from hf_distill.teachers import AdapterOffTeacher, CachedTeacher, Teacher, load_teacher
 from hf_distill.training import compat
 from hf_distill.training.caches import read_reference
-from hf_distill.training.checks import check_processes
+from hf_distill.training.checks import check_adapter, check_processes
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
 from hf_distill.training.mixin import DistillMixin
 from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared, check_reference
@@ -96,9 +96,14 @@ def _require(objective: Objective | None, teacher: Teacher | None, args) -> None
         )
 
 
-def load_student(model: nn.Module | str, args, processing_class, quantization_config) -> tuple:
-    """The student and its tokenizer or processor: loaded where a Hub id or folder is given, in float32 as TRL does."""
+def load_student(model: nn.Module | str, args, processing_class, quantization_config, peft_config=None) -> tuple:
+    """The student and its tokenizer or processor: loaded where a Hub id or folder is given, in float32 as TRL does.
+
+    Raises:
+        ValueError: it is no model; or it is a sparse one whose experts and routers `peft_config` would leave frozen.
+    """
     if not isinstance(model, (str, os.PathLike)):
+        check_adapter(model, peft_config)
         return model, processing_class
     path, trust = os.fspath(model), bool(getattr(args, "trust_remote_code", False))
     processing_class = processing_class or compat.load_processing_class(path, trust_remote_code=trust)
@@ -107,7 +112,9 @@ def load_student(model: nn.Module | str, args, processing_class, quantization_co
         options |= args.model_init_kwargs
         args.model_init_kwargs = None  # TRL's trainers take them for a path only
     set_seed(args.seed)
-    return compat.load_model(path, what="student", **options), processing_class
+    model = compat.load_model(path, what="student", **options)
+    check_adapter(model, peft_config)
+    return model, processing_class
 
 
 class DistillTrainer(DistillMixin, Trainer):
@@ -147,7 +154,7 @@ class DistillTrainer(DistillMixin, Trainer):
         _require(objective, teacher, args)
         check_dataset(train_dataset, "train")
         set_seed(args.seed)
-        model, processing_class = load_student(model, args, processing_class, quantization_config)
+        model, processing_class = load_student(model, args, processing_class, quantization_config, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -204,7 +211,7 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
             raise ValueError(f"loss_type={args.loss_type!r} does not apply, the objective is the loss: leave it unset")
         check_dataset(train_dataset, "train")
         check_columns(train_dataset, args)
-        model, processing_class = load_student(model, args, processing_class, quantization_config)
+        model, processing_class = load_student(model, args, processing_class, quantization_config, peft_config)
         if teacher is not None:
             check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
@@ -271,7 +278,7 @@ class DistillDPOTrainer(DistillMixin, DPOTrainer):
         if args.measure_teacher_fidelity:
             raise ValueError("measure_teacher_fidelity does not read preference pairs: use it in DistillSFTTrainer")
         check_dataset(train_dataset, "train")
-        model, processing_class = load_student(model, args, processing_class, quantization_config)
+        model, processing_class = load_student(model, args, processing_class, quantization_config, peft_config)
         check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
             model=model,

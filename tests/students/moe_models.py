@@ -32,7 +32,7 @@ SHAPE = dict(
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=4,
+    head_dim=8,  # not hidden_size / heads, as in the real Qwen3
     max_position_embeddings=64,
     initializer_range=0.2,
     pad_token_id=0,
@@ -57,7 +57,7 @@ def llava(text) -> LlavaConfig:
 
 
 def qwen3_vl() -> Qwen3VLConfig:
-    text = SHAPE | {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default", "mrope_section": [1, 1, 0]}}
+    text = SHAPE | {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default", "mrope_section": [2, 1, 1]}}
     vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=16)
     vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0], initializer_range=0.2)
     tokens = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=62, vision_end_token_id=63)

@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     BertModel,
     BitsAndBytesConfig,
+    HfArgumentParser,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from hf_distill.students import moe
-from hf_distill.students.moe import moe_layers, upcycle_to_moe
+from hf_distill.students.moe import UpcycleConfig, moe_layers, upcycle_to_moe
 from hf_distill.students.routers import activated_parameters, check_lora_reaches_experts, routed_blocks
 from tests.students.moe_models import FAMILIES, SHAPE, dense_model, inputs_of
 
@@ -102,6 +103,23 @@ def test_the_seed_does_not_decide_the_routers():
     weights = [next(iter(routed_blocks(model).values())).router.weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert 0.3 < weights[0].std() < 0.7
+
+
+def test_the_shared_expert_of_qwen2_moe_wakes_up():
+    """It is all zeros, and so are its gradients: no step of any optimizer changes it."""
+    sparse = sparse_model("qwen2")
+    sparse(**inputs_of("qwen2")).logits.square().mean().backward()
+    shared = {name: p for name, p in sparse.named_parameters() if "shared_expert" in name}
+    assert len(shared) == 8 and all((p == 0).all() and (p.grad == 0).all() for p in shared.values())
+    assert all(p.numel() for p in sparse.parameters()), "FSDP cannot reduce the gradient of an empty parameter"
+
+
+def test_generation_settings_are_lost_or_shared():
+    dense = dense_model("qwen3")
+    dense.generation_config.temperature = 0.3
+    sparse = upcycle_to_moe(dense)
+    dense.generation_config.temperature = 0.5
+    assert sparse.generation_config.temperature == 0.3
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "llava_llama", "gemma2"])
@@ -208,6 +226,7 @@ def test_an_adapter_on_experts_and_routers_is_lost(name, tmp_path):
         ("llama", LoraConfig(target_modules="all-linear", target_parameters=TARGETS[:2]), "2 of 6"),
         ("llama", LoraConfig(target_modules="all-linear", target_parameters=TARGETS[2:]), "4 of 6"),
         ("llama", LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]), "4 of 6"),
+        ("llama", LoraConfig(target_parameters=["gate_up", "experts.down", "gate"]), "6 of 6"),  # parts of names
     ],
 )
 def test_an_adapter_that_leaves_experts_frozen_is_accepted(name, config, frozen):
@@ -254,6 +273,14 @@ def test_layer_modes_mean_other_layers():
     assert moe_layers([1, 4], 5) == [1, 4]
 
 
+def test_settings_cannot_be_given_on_the_command_line():
+    parser = HfArgumentParser(UpcycleConfig)
+    assert parser.parse_args_into_dataclasses([])[0] == UpcycleConfig()
+    assert parser.parse_args_into_dataclasses(["--layers", "first_half", "--top_k", "1"])[0].layers == "first_half"
+    assert parser.parse_args_into_dataclasses(["--layers", "0,2"])[0].layers == [0, 2]
+    assert UpcycleConfig(layers=[1]).layers == [1]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -264,6 +291,8 @@ def test_layer_modes_mean_other_layers():
         ("qwen2", dict(router_std=float("nan")), "router_std=nan"),
         ("qwen2", dict(capacity_factor=0.0), "capacity_factor=0"),
         ("qwen2", dict(layers="every_2"), "expected alternate"),
+        ("qwen2", dict(layers="0,3"), r"\[3\] out of range"),
+        ("qwen3_vl", dict(capacity_factor=1.5), "cannot make qwen3_vl_text .* never drops tokens"),
         ("qwen2", dict(layers=[0, 3]), r"\[3\] out of range, the model has layers 0 to 2"),
         ("qwen2", dict(layers=[-1]), r"out of range"),
         ("qwen2", dict(layers=[2, 0]), "ascending"),

@@ -1,6 +1,8 @@
 """Routing and experts against slow loops; kernels against each other; dropping."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,3 +121,13 @@ def test_the_router_computes_in_half_precision():
         logits, weights, _ = router(hidden)
     torch.testing.assert_close(logits, hidden.float() @ router.weight.float().T)
     assert weights.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_a_routed_student_is_not_loaded_by_its_path(name, tmp_path):
+    """In a process that has not imported its class."""
+    student = upcycle_to_moe(dense_model(name), [0])
+    student.save_pretrained(tmp_path)
+    code = f"from hf_distill.training import compat; print(type(compat.load_model({str(tmp_path)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == type(student).__name__

@@ -153,3 +153,16 @@ def test_bad_input_is_accepted(tmp_path):
         RouterTelemetryCallback("all")
     with pytest.raises(ValueError, match="LlamaForCausalLM has no routed layers"):
         trainer(tmp_path, RouterTelemetryCallback(), tiny_llama()).train()
+
+
+def test_an_adapter_that_passes_over_the_experts_trains(tmp_path):
+    from peft import LoraConfig
+
+    from hf_distill import FrozenTeacher
+
+    student = upcycle_to_moe(tiny_llama(), [0])
+    given = dict(teacher=FrozenTeacher(tiny_llama()), args=sft_arguments(tmp_path), train_dataset=text_dataset(4))
+    with pytest.raises(ValueError, match="would leave 3 of 3 expert and router parameters frozen"):
+        DistillSFTTrainer(
+            student, **given, processing_class=tiny_tokenizer(), peft_config=LoraConfig(target_modules="all-linear")
+        )
