@@ -26,6 +26,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_memory
 	$(BIN)/python -m benchmarks.bench_trainer
 	$(BIN)/python -m benchmarks.bench_packing
+	$(BIN)/python -m benchmarks.bench_moe
 	$(BIN)/python -m benchmarks.bench_teacher
 	$(BIN)/python -m benchmarks.report
 

@@ -24,6 +24,7 @@ TITLES = {
     "memory_cuda": "Memory of the loss, GPU",
     "trainer": "Trainers",
     "packing": "Packing",
+    "moe": "Routed experts",
     "teacher": "Teachers",
 }
 PAGES = {"teachers": ("teacher",)}  # all others are on the page performance
@@ -126,6 +127,8 @@ def draw(name: str, result: dict, path: Path) -> None:
         _draw_memory(axes, result)
     elif name.startswith("loss"):
         _draw_loss(axes, result)
+    elif name == "moe":
+        _draw_growth(axes, [entry for entry in result["cases"] if "rows" in entry])
     elif name == "teacher":
         _draw_bars(axes, result | {"cases": result["cases"][:1]})
     else:
@@ -160,6 +163,18 @@ def _draw_memory(axes, result: dict) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xlabel("rows that carry loss")
     axes.set_ylabel("MiB beyond inputs and gradients")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_growth(axes, cases: list[dict]) -> None:
+    """Times the dense block against the number of experts."""
+    for name in cases[0]["ratios"]["dense"]:
+        y = [entry["ratios"]["dense"][name]["min"] for entry in cases]
+        axes.plot([entry["case"]["experts"] for entry in cases], y, marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("experts")
+    axes.set_ylabel("time / dense block")
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks import bench_loss, bench_memory, bench_packing, bench_teacher, bench_trainer, report
+from benchmarks import bench_loss, bench_memory, bench_moe, bench_packing, bench_teacher, bench_trainer, report
 from benchmarks.harness import MIB, ROOT, Report, keep_memory
 from benchmarks.toy import quiet
 
@@ -43,6 +43,10 @@ def main() -> None:
     packing = Report("packing", bench_packing.CLOCK, config)
     bench_packing.measure(packing, rounds=1, first=2, last=5, hidden=(64, 128))
     packing.write(FOLDER)
+
+    moe = Report("moe", bench_moe.CLOCK, config)
+    bench_moe.measure(moe, rounds=1, repeats=1, tokens=64, experts=(2, 4))
+    moe.write(FOLDER)
 
     teacher = Report("teacher", bench_teacher.CLOCK, config)
     bench_teacher.measure_all(teacher, rounds=1, **bench_teacher.SMALL)
