@@ -20,9 +20,7 @@ from hf_distill.losses.divergences import (
     AlphaBeta,
     ForwardKL,
     GeneralizedJSD,
-    Interpolated,
     Jeffreys,
-    LabelCrossEntropy,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
@@ -46,6 +44,7 @@ from hf_distill.losses.fused import observe, one_term, run_terms
 from hf_distill.losses.metrics import Agreement, StudentEntropy, TeacherEntropy
 from hf_distill.losses.relations import cc_loss, rkd_loss, rkd_terms, sp_loss
 from hf_distill.losses.sparse import topk_divergence
+from hf_distill.losses.targets import Interpolated, LabelCrossEntropy
 from hf_distill.losses.tile import Divergence, Tile
 from hf_distill.signals import HeadLogits, MixtureLogits, SampledLogits, SparseLogits
 

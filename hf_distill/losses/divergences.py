@@ -21,7 +21,7 @@ def _between(name: str, value: float, high_included: bool = True) -> None:
         raise ValueError(f"{name} must lie in [0, 1{']' if high_included else ')'}, got {value}")
 
 
-class _Tempered:
+class Tempered:
     def __post_init__(self):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}; 1.0 leaves the logits as they are")
@@ -59,7 +59,7 @@ def _add_through_q(tile: Tile, temperature: float, slope: Tensor, row_weight: Te
 
 
 @dataclass(frozen=True)
-class ForwardKL(_Tempered):
+class ForwardKL(Tempered):
     """Mode-covering divergence, Σ p · [log p - log q]."""
 
     temperature: float = 1.0
@@ -73,7 +73,7 @@ class ForwardKL(_Tempered):
 
 
 @dataclass(frozen=True)
-class SoftCrossEntropy(_Tempered):
+class SoftCrossEntropy(Tempered):
     """Cross-entropy form of the forward KL, -Σ p · log q: its gradient, its value plus the teacher's entropy."""
 
     temperature: float = 1.0
@@ -88,7 +88,7 @@ class SoftCrossEntropy(_Tempered):
 
 
 @dataclass(frozen=True)
-class ReverseKL(_Tempered):
+class ReverseKL(Tempered):
     """Mode-seeking divergence, Σ q · [log q - log p]."""
 
     temperature: float = 1.0
@@ -101,7 +101,7 @@ class ReverseKL(_Tempered):
 
 
 @dataclass(frozen=True)
-class Symmetric(_Tempered):
+class Symmetric(Tempered):
     """(1 - lam) · forward KL + lam · reverse KL."""
 
     lam: float = 0.5
@@ -120,7 +120,7 @@ class Symmetric(_Tempered):
 
 
 @dataclass(frozen=True)
-class Jeffreys(_Tempered):
+class Jeffreys(Tempered):
     """Mean of the forward and the reverse KL."""
 
     temperature: float = 1.0
@@ -133,7 +133,7 @@ class Jeffreys(_Tempered):
 
 
 @dataclass(frozen=True)
-class GeneralizedJSD(_Tempered):
+class GeneralizedJSD(Tempered):
     """beta · KL(p‖m) + (1 - beta) · KL(q‖m), m = beta · p + (1 - beta) · q (Eq. 1 of arXiv 2306.13649).
 
     beta multiplies the teacher. beta 0 is forward KL and beta 1 reverse KL by definition; the value jumps there, since
@@ -176,7 +176,7 @@ class GeneralizedJSD(_Tempered):
 
 
 @dataclass(frozen=True)
-class SkewForwardKL(_Tempered):
+class SkewForwardKL(Tempered):
     """KL(p ‖ lam · p + (1 - lam) · q) (DistiLLM, arXiv 2402.03898); lam 0 is forward KL."""
 
     lam: float = 0.1
@@ -206,7 +206,7 @@ class SkewForwardKL(_Tempered):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(_Tempered):
+class SkewReverseKL(Tempered):
     """KL(q ‖ (1 - lam) · p + lam · q) (DistiLLM, arXiv 2402.03898); lam 0 is reverse KL."""
 
     lam: float = 0.1
@@ -234,7 +234,7 @@ class SkewReverseKL(_Tempered):
 
 
 @dataclass(frozen=True)
-class TVD(_Tempered):
+class TVD(Tempered):
     """Total variation distance, ½ Σ |p - q|."""
 
     temperature: float = 1.0
@@ -248,7 +248,7 @@ class TVD(_Tempered):
 
 
 @dataclass(frozen=True)
-class AdaptiveKL(_Tempered):
+class AdaptiveKL(Tempered):
     """Forward and reverse KL, weighted per row by where student and teacher differ (AKL, arXiv 2404.02657).
 
     The head is what the teacher's largest probabilities hold up to `mu`, and always the largest; forward KL gets the
@@ -281,7 +281,7 @@ class AdaptiveKL(_Tempered):
 
 
 @dataclass(frozen=True)
-class AlphaBeta(_Tempered):
+class AlphaBeta(Tempered):
     """-1/(αβ) · Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)] and its limits (ABKD, arXiv 2505.04560).
 
     (1, 0) is forward KL, (0, 1) reverse KL, (½, ½) four times the squared Hellinger distance, (α, 1 - α) the
@@ -348,58 +348,6 @@ class AlphaBeta(_Tempered):
         else:
             slope = (self._power(tile, 0, a + b) - self._power(tile, a, b)).div_(a)
         _add_through_log_q(tile, self.temperature, self._counted(tile, slope), row_weight, out)
-
-
-@dataclass(frozen=True, eq=False)
-class Interpolated(_Tempered):
-    """TAID's loss (arXiv 2501.16937): -Σ target · log q, target = softmax([(1 - t) · student + t · teacher] / T).
-
-    The target is a constant. `t` is a 0-d tensor, so that a schedule can move it without a host sync.
-    """
-
-    t: Tensor
-    temperature: float = 1.0
-
-    def _target(self, tile: Tile) -> Tensor:
-        log_q, log_p = tile.log_q(self.temperature), tile.log_p(self.temperature)
-        t = self.t.detach().to(log_q)
-        if not tile.finite:
-            floor = torch.finfo(log_q.dtype).min / 4
-            log_q, log_p = log_q.clamp(min=floor), log_p.clamp(min=floor)
-        return ((1 - t) * log_q + t * log_p).softmax(-1)
-
-    def value(self, tile: Tile) -> Tensor:
-        target = tile.get((self, "target"), lambda: self._target(tile))
-        log_q = tile.log_q(self.temperature)
-        return -dot(target, log_q if tile.finite else log_q.where(log_q.isfinite(), 0.0))
-
-    def add_grad(self, tile: Tile, value: Tensor, row_weight: Tensor, out: Tensor) -> None:
-        target, w = tile.get((self, "target"), lambda: self._target(tile)), (row_weight / self.temperature)[:, None]
-        out.addcmul_(tile.q(self.temperature), w).addcmul_(target, w, value=-1)
-
-
-@dataclass(frozen=True)
-class LabelCrossEntropy:
-    """-log q(label) over the student's whole vocabulary, also where the teacher's is smaller or sparse.
-
-    Rows with a negative label have value 0 and no gradient.
-    """
-
-    full_vocabulary: ClassVar[bool] = True
-
-    def _labels(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        if tile.labels is None:
-            raise ValueError("the label cross-entropy needs labels, but none were given; pass labels=")
-        return tile.labels.clamp(min=0)[:, None], tile.labels >= 0
-
-    def value(self, tile: Tile) -> Tensor:
-        index, counts = self._labels(tile)
-        return -tile.full.log_q().gather(-1, index).squeeze(-1).where(counts, 0.0)
-
-    def add_grad(self, tile: Tile, value: Tensor, row_weight: Tensor, out: Tensor) -> None:
-        index, counts = self._labels(tile)
-        w = row_weight.where(counts, 0.0)[:, None]
-        out.addcmul_(tile.full.q(), w).scatter_add_(-1, index, -w)
 
 
 DIVERGENCES: dict[str, type] = {

@@ -1,4 +1,4 @@
-"""Several teachers as one: the mixture is the mixture, a routed example meets its own teacher only, a gate learns."""
+"""Several teachers as one: the mixture is the mixture, in memory and in training."""
 
 import pytest
 import torch
@@ -10,12 +10,10 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 from hf_distill import (
     DataCollatorForDistillation,
     DistillSFTTrainer,
-    DistillTrainer,
     EMATeacher,
     EnsembleTeacher,
     FeatureKD,
     FrozenTeacher,
-    GatedKD,
     LogitKD,
     PeerTeacher,
     RoutedTeacher,
@@ -23,15 +21,11 @@ from hf_distill import (
 )
 from hf_distill.losses import ForwardKL, run_terms
 from hf_distill.objectives import Objective
-from hf_distill.signals import HeadLogits, MixtureLogits, Rows, Signals, SparseLogits
+from hf_distill.signals import HeadLogits, MixtureLogits, Signals, SparseLogits
 from hf_distill.teachers import cache_teacher
 from hf_distill.teachers.ensemble import on_device
-from hf_distill.teachers.gates import gate_loss, sample_features
-from hf_distill.teachers.mixing import batch_of_examples, mix, mix_sparse
+from hf_distill.teachers.mixing import mix, mix_sparse
 from tests.helpers import (
-    SGD,
-    plain_arguments,
-    relative_difference,
     sft_arguments,
     text_dataset,
     tiny_llama,
@@ -257,122 +251,6 @@ def test_an_ensemble_of_nothing_or_of_no_space():
         EnsembleTeacher(llamas(1), space="log")
 
 
-# ---- routing ---------------------------------------------------------------------------------------------------------
-def test_a_routed_example_is_answered_by_another_or_moved():
-    teachers = {t.name: t for t in llamas(3)}
-    router = RoutedTeacher(teachers)
-    route = [2, 0, 0, 2, 1]
-    batch = routed_batch(route)
-    said = router(batch)
-    answers = dense(said.logits)
-    assert torch.equal(said.labels, batch["row_labels"])
-    width, row = batch["input_ids"].shape[1], 0
-    for example, text in enumerate(TEXTS):
-        alone = list(teachers.values())[route[example]](batch_of([text])).logits.dense().softmax(-1)
-        rows = batch["loss_rows"] // width == example
-        torch.testing.assert_close(answers[rows], alone, atol=1e-5, rtol=1e-5)
-        row += len(alone)
-    assert row == len(answers)
-    names = list(teachers)
-    by_name = router(batch | {"cached_teacher": [names[i] for i in route]})
-    assert torch.equal(dense(by_name.logits), answers)
-
-
-def test_a_batch_of_one_domain_is_a_mixture():
-    teachers, batch = llamas(2), routed_batch([1] * 5)
-    said = RoutedTeacher(teachers)(batch).logits
-    assert isinstance(said, HeadLogits)
-    torch.testing.assert_close(said.hidden, teachers[1](batch).logits.hidden)
-
-
-def test_routed_flops_grow_with_the_number_of_teachers():
-    counts = []
-    for number in (1, 2, 4):
-        teachers = [FrozenTeacher(tiny_llama(seed=m), tiny_tokenizer(), name=f"t{m}") for m in range(number)]
-        batch = routed_batch([i % number for i in range(4)], TEXTS[:4])
-        with FlopCounterMode(display=False) as counter:
-            RoutedTeacher(teachers)(batch)
-        with FlopCounterMode(display=False) as mixed:
-            EnsembleTeacher(teachers)(batch)
-        counts.append((counter.get_total_flops(), mixed.get_total_flops()))
-    assert len({routed for routed, _ in counts}) == 1
-    assert [mixed / counts[0][0] for _, mixed in counts] == [1, 2, 4]
-
-
-def test_routed_classifiers_or_caches_become_a_mixture():
-    models, batch, route = [classifier(0), classifier(1)], class_batch(), [1, 0, 1, 1, 0]
-    said = RoutedTeacher(models)(batch | {"cached_teacher": torch.tensor(route)}).logits
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad():
-        both = [model(**inputs).logits for model in models]
-    torch.testing.assert_close(said, torch.stack([both[m][i] for i, m in enumerate(route)]))
-
-    a = SparseLogits(torch.tensor([[3, 7]]), torch.tensor([[0.5, 0.2]]).log())
-    b = SparseLogits(torch.tensor([[4], [5]]), torch.tensor([[0.3], [0.4]]).log())
-    batch = {"labels": torch.tensor([0, 1, 2]), "cached_teacher": torch.tensor([1, 0, 1])}
-    merged = RoutedTeacher([Stored("a", a), Stored("b", b)])(batch).logits
-    assert merged.ids[:, 0].tolist() == [4, 3, 5]
-    torch.testing.assert_close(merged.log_probs.exp(), torch.tensor([[0.3, 0.0], [0.5, 0.2], [0.4, 0.0]]))
-
-
-def test_an_ensemble_among_routed_teachers_loses_its_weights():
-    a, b, c = llamas(3)
-    for space in ("probability", "logit"):
-        router = RoutedTeacher({"ab": EnsembleTeacher([a, b], [0.3, 0.7], space), "c": c})
-        batch = routed_batch([0, 1, 1, 0, 0])
-        said = dense(router(batch).logits)
-        ensemble = dense(EnsembleTeacher([a, b], [0.3, 0.7], space)(batch).logits)
-        alone = c(batch).logits.dense().softmax(-1)
-        first = torch.isin(batch["loss_rows"] // batch["input_ids"].shape[1], torch.tensor([0, 3, 4]))
-        torch.testing.assert_close(said, torch.where(first[:, None], ensemble, alone))
-
-
-def test_a_part_of_a_batch_is_not_what_collating_that_part_gives():
-    whole = batch_of(TEXTS) | {"cached_k": torch.arange(14) * 10, "cached_domain": torch.arange(5)}
-    whole |= {"teacher_" + k: v for k, v in batch_of(TEXTS).items()}
-    assert len(whole["loss_rows"]) == 14
-    part = batch_of_examples(whole, torch.tensor([1, 2, 4]), {"cached_k"})
-    padded = batch_of([TEXTS[1], TEXTS[2], TEXTS[4]])  # the longest text is among them: the same padding
-    for prefix in ("", "teacher_"):
-        assert all(torch.equal(part[prefix + k], v) for k, v in padded.items())
-    assert part["cached_domain"].tolist() == [1, 2, 4]
-    assert part["cached_k"].tolist() == [30, 40, 50, 60, 70, 100, 110, 120, 130]
-    with pytest.raises(ValueError, match=r"cached_k of shape \(14,\) cannot be divided .* token_columns="):
-        batch_of_examples(whole, torch.tensor([0]))
-
-
-def test_a_route_to_nowhere_is_taken():
-    teachers = llamas(2)
-    router = RoutedTeacher(teachers, "domain")
-    with pytest.raises(ValueError, match=r"no column 'domain': .*example_columns=\('domain',\)"):
-        router(batch_of())
-    for wrong in (torch.tensor([0, 2]), torch.tensor([0, -1]), ["t0", "chemistry"]):
-        with pytest.raises(ValueError, match=r"there is no teacher .*: they are t0, t1 \(0 to 1\)"):
-            router(batch_of() | {"cached_domain": wrong})
-    packed = {"input_ids": torch.ones(1, 9).long(), "labels": torch.ones(1, 9).long(), "cached_domain": [0, 1]}
-    with pytest.raises(ValueError, match="routes 2 examples, the batch has 1 rows: a packed .* padding_free=False"):
-        router(packed)
-    assert [router.number(n) for n in ("t0", "t1", 1)] == [0, 1, 1]
-
-
-def test_a_rank_without_examples_leaves_the_others_waiting():
-    """Sharded teachers gather their weights in the forward: every rank must run each of them."""
-    calls = []
-
-    class Watched(Stored):
-        def __call__(self, batch, needs=frozenset({"logits"})):
-            calls.append((self.name, len(batch["labels"])))
-            return Signals(logits=torch.zeros(len(batch["labels"]), 3))
-
-    router = RoutedTeacher([Watched("a", None), Watched("b", None), Watched("c", None)])
-    batch = class_batch() | {"cached_teacher": torch.tensor([2, 0, 0, 2, 2])}
-    router(batch)
-    assert calls == [("a", 2), ("c", 3)]
-    router.together = True
-    assert router(batch).logits.shape == (5, 3)
-    assert calls[2:] == [("a", 2), ("b", 1), ("c", 3)]
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 class Direct(FrozenTeacher):
     """Without autocast, which the meta device lacks."""
@@ -502,125 +380,3 @@ def test_caches_or_an_average_cannot_be_members(tmp_path):
     before = tiny_llama().state_dict()
     moved = [n for n, v in average.averages.items() if not torch.equal(v, before[n])]
     assert moved and not torch.equal(average.averages[moved[0]], trainer.model.state_dict()[moved[0]])
-
-
-# ---- gates -----------------------------------------------------------------------------------------------------------
-def test_the_gate_s_gradient_is_not_prior_minus_posterior():
-    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    label_log_probs = torch.randn(4, 3, dtype=torch.float64) - 1
-    gate_loss(logits.log_softmax(-1), label_log_probs).sum().backward()
-    g = logits.detach().softmax(-1)
-    posterior = g * label_log_probs.exp() / (g * label_log_probs.exp()).sum(-1, keepdim=True)
-    torch.testing.assert_close(logits.grad, g - posterior)
-    equal = torch.full((1, 3), -2.0)
-    z = torch.randn(1, 3, requires_grad=True)
-    gate_loss(z.log_softmax(-1), equal).sum().backward()
-    assert z.grad.abs().max() < 1e-7
-
-
-def language_signals(hidden, head, documents, parts=None, labels=None):
-    rows = Rows(torch.arange(len(hidden)), labels, documents, torch.arange(int(documents.max()) + 1))
-    logits = HeadLogits(hidden, head) if parts is None else MixtureLogits(parts, torch.full((len(parts),), 1 / 2))
-    return Signals(logits=logits, labels=labels, rows=rows)
-
-
-def test_a_gated_loss_of_a_language_model_is_not_the_slow_one():
-    """All three terms, their gradients and who gets them, against dense float64 written out per row."""
-    torch.manual_seed(1)
-    documents, labels = torch.tensor([0, 0, 0, 1, 2, 2]), torch.randint(0, 7, (6,))
-    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    parts = tuple(HeadLogits(torch.randn(6, h).double(), torch.randn(7, h).double()) for h in (3, 5))
-    objective = GatedKD(label_weight=0.5, kd_weight=2.0, gate_weight=0.3)
-    objective.names = ["a", "b"]
-    objective.gate = torch.nn.Linear(4, 2).double()
-    student = language_signals(hidden, head, documents, labels=labels)
-    teacher = language_signals(torch.zeros(6, 1), None, documents, parts, labels)
-    terms = objective(student, teacher, 0.0)
-    sum(term.value * term.weight for term in terms.values()).backward()
-
-    h, w = hidden.detach().clone().requires_grad_(), head.detach().clone().requires_grad_()
-    weight, bias = (p.detach().clone().requires_grad_() for p in objective.gate.parameters())
-    label = kd = gate = 0.0
-    for i in range(6):
-        own = h.detach()[documents == documents[i]].sum(0)
-        own = (own - own.mean()) / (own.var(unbiased=False) + 1e-5).sqrt()
-        g = (weight @ own + bias).softmax(0)
-        p = [part.dense()[i].softmax(0) for part in parts]
-        log_q = (w @ h[i]).log_softmax(0)
-        mixed = sum(g[m].detach() * p[m] for m in range(2))
-        label = label - log_q[labels[i]] / 6
-        kd = kd + (mixed * (mixed.log() - log_q)).sum() / 6
-        gate = gate - (g[0] * p[0][labels[i]] + g[1] * p[1][labels[i]]).log() / 6
-    for name, value in (("label", label), ("kd", kd), ("gate", gate)):
-        torch.testing.assert_close(terms[name].value, value)
-    (0.5 * label + 2.0 * kd + 0.3 * gate).backward()
-    for ours, slow in ((hidden, h), (head, w), (objective.gate.weight, weight), (objective.gate.bias, bias)):
-        torch.testing.assert_close(ours.grad, slow.grad)
-    assert set(objective.logs()) == {"gate/a", "gate/b"}
-
-
-def test_a_gate_does_not_find_who_is_right():
-    """Each teacher knows two of the four classes and swaps, as surely, the other two; no label term."""
-    torch.manual_seed(0)
-    x = torch.randn(600, 4)
-    labels = 2 * (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    right, swapped = (6.0 * torch.nn.functional.one_hot(y, 4) for y in (labels, labels ^ 1))
-    first = (labels < 2)[:, None]
-    parts = (torch.where(first, right, swapped), torch.where(first, swapped, right))
-    accuracy = {}
-    for name, objective in (("gated", GatedKD()), ("static", LogitKD())):
-        torch.manual_seed(1)
-        student = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
-        student.config = BertConfig(num_labels=4)
-        student.get_output_embeddings = lambda: None
-        objective.setup(student, EnsembleTeacher([classifier(0), classifier(1)]))
-        optimizer = torch.optim.Adam([*student.parameters(), *objective.parameters()], 0.02)
-        train, test = slice(400), slice(400, None)
-        mixture = MixtureLogits(tuple(part[train] for part in parts), torch.full((2,), 0.5))
-        for _ in range(150):
-            optimizer.zero_grad()
-            ours = Signals(logits=student(x[train]), labels=labels[train])
-            terms = objective(ours, Signals(logits=mixture), 0.0)
-            sum(term.value * term.weight for term in terms.values()).backward()
-            optimizer.step()
-        accuracy[name] = (student(x[test]).argmax(-1) == labels[test]).float().mean().item()
-    assert accuracy["gated"] > 0.9 and accuracy["static"] < 0.75
-
-
-def test_a_split_of_the_batch_changes_what_student_or_gate_learn(tmp_path):
-    states = []
-    for size, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = trained(
-            tmp_path / str(size), EnsembleTeacher(llamas(2)), GatedKD(label_weight=0.5, gate_weight=0.3),
-            per_device_train_batch_size=size, gradient_accumulation_steps=steps, **SGD,
-        )  # fmt: skip
-        states.append({n: p.detach() for n, p in trainer.model.named_parameters()})
-    assert any("gate" in name for name in states[0])
-    for state in states[1:]:
-        assert relative_difference(state, states[0]) < 1e-5
-
-
-def test_a_gate_is_trained_with_the_student(tmp_path):
-    a, b = llamas(2)
-    trainer = trained(tmp_path, EnsembleTeacher([a, b]), GatedKD(label_weight=0.5))
-    gate = trainer.objective.gate
-    assert gate.weight.shape == (2, 16) and gate.weight.abs().max() > 0
-    logs = [log for log in trainer.state.log_history if "gate/t0" in log]
-    assert all(log["gate/t0"] + log["gate/t1"] == pytest.approx(1.0) for log in logs) and len(logs) == 3
-    assert "distill_objective" not in " ".join(trainer.student().state_dict())
-
-    model = DistillTrainer(
-        classifier(5),
-        teacher=EnsembleTeacher({"a": classifier(0), "b": classifier(1)}),
-        objective=GatedKD(),
-        args=plain_arguments(tmp_path / "classes", max_steps=2, per_device_train_batch_size=4),
-        train_dataset=Dataset.from_list([{"input_ids": [3 + i, 5], "label": i % 3} for i in range(8)]),
-        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
-    )
-    model.train()
-    assert model.objective.gate.weight.abs().max() > 0
-    with pytest.raises(ValueError, match="GatedKD weighs the members of an EnsembleTeacher, got FrozenTeacher"):
-        GatedKD().setup(tiny_llama(), a)
-    with pytest.raises(ValueError, match="hidden rows: set dense_logits=False"):
-        sample_features(Signals(logits=torch.zeros(3, 7), rows=Rows(*[torch.zeros(3)] * 4)))
