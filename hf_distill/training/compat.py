@@ -5,8 +5,10 @@ Written against transformers 5.23, trl 1.16, accelerate 1.15, peft 0.21. Nothing
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -185,6 +187,17 @@ def _shard_layers(model: nn.Module, accelerator) -> None:
     layers = getattr(model, "_no_split_modules", None) or ()
     for module in [m for m in model.modules() if type(m).__name__ in layers]:
         fully_shard(module, **options)
+
+
+@functools.cache
+def close_gloo_at_exit() -> None:
+    """Close the process group of CPU ranks before the interpreter ends.
+
+    Left open, gloo's threads now and then abort a rank that has finished ("terminate called without an active
+    exception"), and the launcher takes the whole run for failed.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 def used_columns(trainer) -> frozenset[str] | None:

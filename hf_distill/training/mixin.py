@@ -42,6 +42,8 @@ class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
     def _attach(self, teacher: Teacher | None, objective: Objective | None) -> None:
         """After the parent's `__init__`: put teacher and objective in place, and check what can be checked."""
         check_launcher(self.accelerator, self.args)
+        if self.accelerator.num_processes > 1:
+            compat.close_gloo_at_exit()
         if str(getattr(self.accelerator.state.dynamo_plugin, "backend", "NO")).split(".")[-1] != "NO":
             raise ValueError("the launcher's dynamo backend compiles the whole model; use --torch_compile instead")
         if objective is not None:
