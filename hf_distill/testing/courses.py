@@ -43,7 +43,7 @@ def _training(case: Case, run: str, *, kill: int | None = None, resume: bool = F
     """Seven steps with dropout, a checkpoint every two (in mid-epoch) and a log every three."""
     trainer = case.trainer(
         run,
-        student=case.setup.student(attention_dropout=0.1),
+        student=case.setup.student(**case.setup.dropout),
         callbacks=[] if kill is None else [_Kill(kill)],
         max_steps=7,
         logging_steps=3,
@@ -152,7 +152,7 @@ def quiet_evaluation(case: Case) -> Iterator[str]:
 
 
 def _evaluated(case: Case) -> list[str]:
-    trainer = case.trainer("evaluated", max_steps=2, student=case.setup.student(attention_dropout=0.1))
+    trainer = case.trainer("evaluated", max_steps=2, student=case.setup.student(**case.setup.dropout))
     trainer.train()
     before = _everything(trainer)
     numbers = [evaluation(trainer) for _ in range(2)]
@@ -178,7 +178,7 @@ def _with_evaluation(case: Case, strategy: str) -> dict:
         max_steps=4,
         eval_strategy=strategy,
         eval_steps=1,
-        student=case.setup.student(attention_dropout=0.1),
+        student=case.setup.student(**case.setup.dropout),
     )
     trainer.train()
     return outcome(trainer)

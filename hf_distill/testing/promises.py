@@ -200,9 +200,9 @@ def _save(case: Case) -> list[str]:
     trainer.train()
     trainer.save_model()
     student = trainer.student().eval()
-    ids = torch.arange(10)[None]
+    inputs = case.setup.probe()
     with torch.no_grad():
-        torch.save({"ids": ids, "logits": student(input_ids=ids).logits}, case.folder / "expected.pt")
+        torch.save({"inputs": inputs, "logits": student(**inputs).logits}, case.folder / "expected.pt")
     problems = []
     for folder in (case.folder / "clean", case.folder / "clean" / "checkpoint-2"):
         saved: set[str] = set()
@@ -236,7 +236,7 @@ for slug, case in listed.items():
         problems += [f"loading it gives {kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
         expected = torch.load(case["expected"])
         with torch.no_grad():
-            logits = model.eval()(input_ids=expected["ids"]).logits
+            logits = model.eval()(**expected["inputs"]).logits
         if not torch.allclose(logits, expected["logits"], atol=1e-5):
             problems.append("loaded again, it says something else than the student that was saved")
         pipe = transformers.pipeline(case["task"], model=case["folder"], device="cpu")
