@@ -102,14 +102,16 @@ class SparseLogits:
 
     Attributes:
         ids: (..., k) int64. Padding slots repeat any id and carry -inf.
-        log_probs: (..., k) float, normalised over the full vocabulary (at the temperature they were stored with).
+        log_probs: (..., k) float, normalised over the full vocabulary.
         tail: what the other entries are: "bucket" (one entry with the rest of the mass; the default), "renorm" (both
             sides renormalised on the support) or "ignore" (left out; biased).
+        temperature: that the log_probs have; another one asked for is an error. None leaves it to the caller.
     """
 
     ids: Tensor
     log_probs: Tensor
     tail: str = "bucket"
+    temperature: float | None = None
 
     def __post_init__(self):
         if self.tail not in TAILS:
@@ -132,13 +134,14 @@ class SampledLogits:
     Attributes:
         ids: (..., k) int64, drawn with replacement from a proposal; repeated draws may be merged.
         weights: (..., k) float, count / draws · p / proposal; 0 for padding. Not renormalised: that would be biased.
-        log_probs: (..., k) float, the teacher's log-probabilities of the ids over the full vocabulary (at the
-            temperature they were drawn with).
+        log_probs: (..., k) float, the teacher's log-probabilities of the ids over the full vocabulary.
+        temperature: see SparseLogits.
     """
 
     ids: Tensor
     weights: Tensor
     log_probs: Tensor
+    temperature: float | None = None
 
     def __post_init__(self):
         if not self.ids.shape == self.weights.shape == self.log_probs.shape:

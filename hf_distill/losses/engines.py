@@ -135,8 +135,6 @@ def stage(
 class Eager:
     """The stage as it stands."""
 
-    name = "eager"
-
     @staticmethod
     def block_bytes(budget: int, device: torch.device) -> int:
         """Size of one temporary; ten to twenty of them are alive at a time. A GPU has no use for small ones."""
@@ -156,7 +154,6 @@ class Compiled:
     Where torch.compile does not work, or cannot read a term, it says so once and stays eager.
     """
 
-    name = "compile"
     stages: dict[tuple, object] = {}  # of the process: kind -> compiled stage, None where it cannot be compiled
     works: bool | None = None  # None until it was tried
 

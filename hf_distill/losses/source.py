@@ -220,8 +220,8 @@ def pick(logits: Logits | None, index: Tensor) -> Logits | None:
 
 def _cut(sparse: SparseLogits | SampledLogits, rows: slice | Tensor):
     if isinstance(sparse, SampledLogits):
-        return SampledLogits(sparse.ids[rows], sparse.weights[rows], sparse.log_probs[rows])
-    return SparseLogits(sparse.ids[rows], sparse.log_probs[rows], sparse.tail)
+        return SampledLogits(sparse.ids[rows], sparse.weights[rows], sparse.log_probs[rows], sparse.temperature)
+    return SparseLogits(sparse.ids[rows], sparse.log_probs[rows], sparse.tail, sparse.temperature)
 
 
 def _slices(rows: slice, size: int) -> list[slice]:

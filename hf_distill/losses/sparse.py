@@ -16,10 +16,15 @@ def check_sparse(divergence: Divergence, teacher: SparseLogits | SampledLogits) 
 
     Raises:
         ValueError: the tail is "ignore", or the teacher is known by draws, and the divergence is not the forward KL or
-            its cross-entropy form.
+            its cross-entropy form; or it asks for another temperature than the teacher's.
     """
     if getattr(divergence, "full_vocabulary", False):
         return
+    if not same_temperature(divergence, teacher):
+        raise ValueError(
+            f"the teacher's log-probabilities have temperature {teacher.temperature}, {divergence} asks for another: "
+            'store them at that temperature, or hidden states (mode "hidden"), which serve every temperature'
+        )
     sums = getattr(divergence, "sums_over_support", False)
     if isinstance(teacher, SampledLogits):
         if not sums:
@@ -34,11 +39,18 @@ def check_sparse(divergence: Divergence, teacher: SparseLogits | SampledLogits) 
         warnings.warn('tail="renorm" with k=1 compares 1 with 1: value and gradient are always 0', stacklevel=4)
 
 
+def same_temperature(divergence: Divergence, teacher: SparseLogits | SampledLogits) -> bool:
+    """Whether a divergence asks for the temperature that a sparse teacher's log-probabilities have."""
+    if teacher.temperature is None or getattr(divergence, "full_vocabulary", False):
+        return True
+    return float(getattr(divergence, "temperature", 1.0)) == teacher.temperature
+
+
 class SparseTile(Tile):
     """The k entries of a sparse teacher, and with tail="bucket" one more for the rest, in the place of the vocabulary.
 
     Log-probabilities are normalised over the full vocabulary before they are gathered. The teacher's are taken as
-    stored, whatever temperature a divergence asks for: it must be the temperature they were stored with.
+    stored (see `check_sparse`).
 
     Args:
         full: the tile of the student's whole rows.

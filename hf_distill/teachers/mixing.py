@@ -66,7 +66,8 @@ def mix_sparse(parts: Sequence[SparseLogits], weights: Tensor) -> SparseLogits:
     starts[..., 1:] = ids[..., 1:] != ids[..., :-1]
     place = starts.long().cumsum(-1) - 1
     mixed = torch.zeros_like(probs).scatter_add_(-1, place, probs.gather(-1, order))
-    return SparseLogits(ids[..., :1].expand_as(ids).scatter(-1, place, ids), mixed.log(), tail)
+    temperature = _one({part.temperature for part in parts}, "temperature")
+    return SparseLogits(ids[..., :1].expand_as(ids).scatter(-1, place, ids), mixed.log(), tail, temperature)
 
 
 def scatter(parts: Sequence[tuple[Tensor, Logits]], total: int) -> Logits:
@@ -94,7 +95,8 @@ def scatter(parts: Sequence[tuple[Tensor, Logits]], total: int) -> Logits:
         for index, logits in parts:
             ids[index, : logits.shape[-1]] = logits.ids
             log_probs[index, : logits.shape[-1]] = logits.log_probs.to(log_probs.dtype)
-        return SparseLogits(ids, log_probs, _one({logits.tail for _, logits in parts}, "tail"))
+        tail, temperature = (_one({getattr(x, name) for _, x in parts}, name) for name in ("tail", "temperature"))
+        return SparseLogits(ids, log_probs, tail, temperature)
     spread = [_spread(index, logits, total) for index, logits in parts]
     spaces = {logits.space for logits in spread if isinstance(logits, MixtureLogits)} or {"probability"}
     mine = [torch.zeros(total, device=index.device).index_fill_(0, index, 1.0) for index, _ in parts]
@@ -118,9 +120,9 @@ def _spread(index: Tensor, logits: Logits, total: int) -> Logits:
     raise ValueError(f"{type(logits).__name__} cannot be routed beside other logits; cache all teachers or none")
 
 
-def _one(values: set[str], what: str) -> str:
+def _one(values: set, what: str):
     if len(values) > 1:
-        raise ValueError(f"routed teachers must have one {what}, got {', '.join(sorted(values))}")
+        raise ValueError(f"teachers that are put together must have one {what}, got {', '.join(map(str, values))}")
     return values.pop()
 
 

@@ -43,7 +43,9 @@ def _check_temperature(objective: Objective, reader: CacheReader) -> None:
     for _, _, leaf in objective.leaves():
         for progress in (0.0, 0.5, 1.0):
             for name, divergence in leaf.logit_terms(progress).items():
-                asked = getattr(divergence, "temperature", reader.temperature)
+                if getattr(divergence, "full_vocabulary", False):
+                    continue
+                asked = getattr(divergence, "temperature", 1.0)
                 if asked != reader.temperature:
                     raise ValueError(
                         f"the cache {reader.path} holds log-probabilities at temperature {reader.temperature}, term "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_distill.heads import model_inputs
 from hf_distill.losses import Agreement, ForwardKL, LabelCrossEntropy
+from hf_distill.losses.sparse import same_temperature
 from hf_distill.signals import SampledLogits, SparseLogits
 from hf_distill.training import compat
 
@@ -111,7 +112,8 @@ def observable(observed: dict, student, teacher) -> dict:
     if teacher is None or teacher.logits is None:
         observed = {k: v for k, v in observed.items() if k == "cross_entropy"}
     elif isinstance(teacher.logits, (SparseLogits, SampledLogits)):
-        observed = {k: v for k, v in observed.items() if k != "agreement"}
+        kept = {k: v for k, v in observed.items() if k != "agreement"}
+        observed = {k: v for k, v in kept.items() if same_temperature(v, teacher.logits)}
     labels = student.labels
     if labels is None or labels.is_floating_point() or labels.dim() != 1:
         observed = {k: v for k, v in observed.items() if k != "cross_entropy"}

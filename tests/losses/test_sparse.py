@@ -47,6 +47,15 @@ def sparse(teacher, k, tail="bucket", temperature=1.0):
     return SparseLogits(top.indices, top.values, tail)
 
 
+def test_another_temperature_than_the_teacher_s_is_taken():
+    s, t = logits()
+    stored = sparse(t, 4, temperature=2.0)
+    at_two = SparseLogits(stored.ids, stored.log_probs, temperature=2.0)
+    assert torch.equal(one_term(s, at_two, ForwardKL(2.0)), one_term(s, stored, ForwardKL(2.0)))
+    with pytest.raises(ValueError, match="have temperature 2.0, ForwardKL.*asks for another"):
+        one_term(s, at_two, ForwardKL())
+
+
 def reduced(x, ids, temperature, tail):
     """The definition, by autograd: log-probabilities over the full vocabulary, gathered, and the rest or a new sum."""
     log_x = (x / temperature).log_softmax(-1).gather(-1, ids)

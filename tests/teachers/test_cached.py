@@ -16,8 +16,10 @@ from hf_distill import (
     FrozenTeacher,
     LogitKD,
     Objective,
+    TeacherAgreementCallback,
     cache_teacher,
 )
+from hf_distill.methods.taid import TAID
 from hf_distill.teachers import load_teacher
 from hf_distill.teachers.cache.reader import MissingFromCacheError
 from hf_distill.teachers.cache.store import CorruptCacheError
@@ -61,6 +63,7 @@ def folder(tmp_path_factory):
         "int8": {"dtype": "int8"},
         "all": {"positions": "all"},
         "topk": {"mode": "topk", "k": 64},
+        "warm": {"mode": "topk", "k": 64, "temperature": 2.0},
         "sampled": {"mode": "sampled", "draws": 16},
         "scores": {"mode": "scores"},
     }.items():
@@ -124,6 +127,16 @@ def test_evaluation_measures_something_else_from_a_cache(folder, tmp_path):
         measured = evaluated(CachedTeacher(folder / mode))
         assert measured["eval_teacher_kl"] == pytest.approx(live["eval_teacher_kl"], rel={"topk": 1e-5}.get(mode, 0.2))
         assert "eval_agreement" not in measured, "its most likely token may not have been drawn"
+
+
+def test_log_probabilities_at_another_temperature_pass_for_the_teacher_s(folder, tmp_path):
+    warm = make_trainer(tmp_path, str(folder / "warm"), objective=LogitKD(temperature=2.0), eval_dataset=HELD_OUT)
+    warm.add_callback(TeacherAgreementCallback())
+    assert "eval_teacher_kl" not in warm.evaluate()
+    warm.train()
+    assert not [key for entry in warm.state.log_history for key in entry if key == "teacher_kl"]
+    with pytest.raises(ValueError, match="temperature 2.0, term 'taid' of TAID asks for 1.0"):
+        make_trainer(tmp_path / "taid", str(folder / "warm"), objective=TAID())
 
 
 def test_other_temperatures_and_divergences_need_another_cache_of_hidden_rows(folder, tmp_path):

@@ -128,7 +128,7 @@ class TopK:
         return {"ids": ids, "log_probs": log_probs}
 
     def logits(self, tensors: dict[str, Tensor], head) -> Logits:
-        return SparseLogits(tensors["ids"], tensors["log_probs"])
+        return SparseLogits(tensors["ids"], tensors["log_probs"], temperature=self.temperature)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class Sampled:
     def logits(self, tensors: dict[str, Tensor], head) -> Logits:
         log_probs, counts = tensors["log_probs"], tensors["counts"]
         weights = importance_weights(counts, log_probs, tensors.get("log_z"), self.draws, self.alpha)
-        return SampledLogits(tensors["ids"], weights, log_probs.masked_fill(counts == 0, -torch.inf))
+        log_probs = log_probs.masked_fill(counts == 0, -torch.inf)
+        return SampledLogits(tensors["ids"], weights, log_probs, self.temperature)
 
 
 def _seed_of(key: bytes, seed: int) -> int:
