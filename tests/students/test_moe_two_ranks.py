@@ -1,31 +1,18 @@
 """Two processes of b examples: the same numbers as one process with the same micro-batches, under DDP and FSDP2."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.launching import run_worker
 from tests.students.moe_worker import CASES, train
-from tests.training.test_scaling_two_ranks import ROOT, free_port
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("moe")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    done = subprocess.run(
-        [*command, str(free_port()), os.path.join(ROOT, "tests/students/moe_worker.py"), str(folder)],
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("tests/students/moe_worker.py", folder, ranks=2)
     return json.loads((folder / "facts.json").read_text())
 
 

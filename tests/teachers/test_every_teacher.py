@@ -3,22 +3,17 @@
 import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.helpers import relative_difference
+from tests.launching import run_worker
 from tests.teachers.every_teacher_worker import TASKS, Cell, run_all
-from tests.training.test_scaling_two_ranks import free_port
 
 WITHOUT_BITS, NEEDS_BITS = importlib.util.find_spec("bitsandbytes") is None, "8 and 4 bit need bitsandbytes"
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 # an 8-bit product finds its outlier columns among all rows of a batch: what it says of a row depends on the others
 COUPLED = {"8bit": 5e-3}
@@ -71,26 +66,7 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """Facts of every cell on both ranks, and the weights."""
     folder = tmp_path_factory.mktemp("two")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "tests/teachers/every_teacher_worker.py", str(folder)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("tests/teachers/every_teacher_worker.py", folder, ranks=2)
     weights: dict[str, dict] = {name: {} for name in EXPECTED}
     for name, value in load_file(folder / "weights.safetensors").items():
         cell, name = name.split("/", 1)

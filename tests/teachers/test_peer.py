@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,12 +34,10 @@ from tests.helpers import (
     tiny_llama,
     tiny_tokenizer,
 )
+from tests.launching import run_worker
 from tests.teachers.test_frozen import batch_of
 from tests.training.scaling_cases import Case, Recorder, examples, models
 from tests.training.test_no_dense_logits import LargestTensor
-from tests.training.test_scaling_two_ranks import free_port
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_trainer(folder, teacher, objective=None, *, student=None, lora=False, callbacks=(), rows=8, **settings):
@@ -337,17 +331,7 @@ def test_a_peer_that_no_term_trains_goes_unsaid(tmp_path):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(free_port()), str(ROOT / "tests/teachers/peer_worker.py"), str(folder)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("tests/teachers/peer_worker.py", folder, ranks=2)
     return folder, json.loads((folder / "facts.json").read_text())
 
 

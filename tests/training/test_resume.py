@@ -1,11 +1,7 @@
 """A run that is killed and restarted ends where the uninterrupted one does, to the last bit."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_distill.training.saving import FILE
+from tests.launching import run_worker
 
-ROOT = Path(__file__).parents[2]
-WORKER = str(Path(__file__).with_name("resume_worker.py"))
-
-
-def run(*command: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+WORKER = "tests/training/resume_worker.py"
 
 
 def tensors(folder: Path) -> dict:
@@ -56,14 +38,14 @@ def assert_same_run(root: Path, ours: str, reference: str) -> None:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    run(WORKER, str(root))
+    run_worker(WORKER, root)
     return root
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("resume2")
-    run("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), WORKER, str(root))
+    run_worker(WORKER, root, ranks=2)
     return root
 
 

@@ -4,57 +4,23 @@ One pair of processes runs all cases (see distributed_worker.py), since most of 
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.helpers import text_dataset
+from tests.launching import run_worker
 from tests.training.distributed_worker import CASES, build_stream
 from tests.training.scaling_cases import Case, by_hand, compare
 
 TOLERANCE = 1e-5
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """The folder of results, and the facts of each case."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": ROOT,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [*command, os.path.join(ROOT, "tests/training/distributed_worker.py"), str(folder)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("tests/training/distributed_worker.py", folder, ranks=2, timeout=400)
     return folder, json.loads((folder / "facts.json").read_text())
 
 

@@ -1,0 +1,40 @@
+"""Starting workers of tests in processes of their own, alone or as ranks of one launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_worker(worker: str, *arguments, ranks: int = 1, timeout: float = 300) -> str:
+    """What `python WORKER ARGUMENTS...` prints, from the root of the project; on several ranks, as torchrun starts it.
+
+    It inherits nothing that another launcher left in the environment.
+
+    Raises:
+        AssertionError: it failed; with the end of what it said.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), worker, *map(str, arguments)],
+        env=environment | {"TOKENIZERS_PARALLELISM": "false"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
