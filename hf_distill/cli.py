@@ -87,6 +87,30 @@ def cache(flags: list[str]) -> None:
             print(cached.push_to_hub(args.hub_model_id or args.output_dir.rstrip("/").split("/")[-1]))
 
 
+def report(flags: list[str]) -> None:
+    """Write report.html and report.png into a run's folder, finished or not."""
+    parser = argparse.ArgumentParser(prog="hf-distill report", description=report.__doc__)
+    parser.add_argument("run", help="the output folder of a run")
+    from hf_distill.hub.report import write_report
+
+    for path in write_report(parser.parse_args(flags).run):
+        print(path)
+
+
+def push(flags: list[str]) -> None:
+    """Upload a run's student, also after an upload that failed."""
+    parser = argparse.ArgumentParser(prog="hf-distill push", description=push.__doc__)
+    parser.add_argument("run", help="the output folder of a run")
+    parser.add_argument("--hub_model_id", help="default: the folder's name under your own account")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository does not exist yet")
+    parser.add_argument("--revision", help="branch, created if need be; default main")
+    options = parser.parse_args(flags)
+    from hf_distill.hub.push import push_run
+
+    done = push_run(options.run, options.hub_model_id, private=options.private, revision=options.revision)
+    print(done.commit_url)
+
+
 def stand_in(recipe, args, model, teacher) -> tuple:
     """A small student in place of the real one, whose tokenizer prepares the data and whose weights no one needs."""
     from transformers import ProcessorMixin
@@ -112,8 +136,10 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser(
         "cache", help="keep what a teacher says of a dataset; takes a recipe's flags", add_help=False
     ).set_defaults(run=cache)
+    commands.add_parser("report", help="draw what a run did", add_help=False).set_defaults(run=report)
+    commands.add_parser("push", help="upload a run's student", add_help=False).set_defaults(run=push)
     options, flags = parser.parse_known_args(argv)
-    if flags and options.command != "cache":
+    if flags and options.command == "methods":
         parser.error(f"unknown arguments: {' '.join(flags)}")
     options.run(flags)
 

@@ -17,7 +17,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_worker(worker: str, *arguments, ranks: int = 1, timeout: float = 300) -> str:
+def run_worker(
+    worker: str, *arguments, ranks: int = 1, timeout: float = 300, environment: dict[str, str] | None = None
+) -> str:
     """What `python WORKER ARGUMENTS...` prints, from the root of the project; on several ranks, as torchrun starts it.
 
     It inherits nothing that another launcher left in the environment.
@@ -26,11 +28,11 @@ def run_worker(worker: str, *arguments, ranks: int = 1, timeout: float = 300) ->
         AssertionError: it failed; with the end of what it said.
     """
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else []), worker, *map(str, arguments)],
-        env=environment | {"TOKENIZERS_PARALLELISM": "false"},
+        env=inherited | ours | (environment or {}),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -65,6 +65,18 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
     card.save(os.path.join(trainer.args.output_dir, "README.md"))
 
 
+def described_run(trainer, model) -> dict:
+    """Facts about a run: who learns from whom, the objective's terms with their present weights, versions."""
+    objective, teacher = getattr(trainer, "objective", None), getattr(trainer, "teacher", None)
+    leaves = [] if objective is None else [leaf for _, _, leaf in objective.leaves()]
+    about = {"student": type(model).__name__, "student_parameters": sum(p.numel() for p in model.parameters())}
+    about |= {} if teacher is None else _without_local_path(teacher.describe())
+    about |= {"method": ", ".join(leaf.paper.title for leaf in leaves if leaf.paper is not None)} if leaves else {}
+    versions = {"hf_distill": __version__} | {name: _version(name) for name in PACKAGES}
+    terms = _terms(objective, 0.0 if trainer is None else trainer.progress)
+    return {"about": {k: v for k, v in about.items() if v not in (None, "")}, "terms": terms, "versions": versions}
+
+
 def _is_hub_id(name: str | None) -> bool:
     return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
 
