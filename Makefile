@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_packing
 	$(BIN)/python -m benchmarks.bench_moe
 	$(BIN)/python -m benchmarks.bench_teacher
+	$(BIN)/python -m benchmarks.bench_vision
 	$(BIN)/python -m benchmarks.report
 
 bench-smoke: $(INSTALLED)

@@ -1,8 +1,8 @@
 """Evidence for the language-model methods: paired seeds, the same budget and the same tuning for every row.
 
-    python benchmarks/evidence_lm.py --data DIR --set tinyshakespeare      # DIR holds tinyshakespeare/input.txt
-    python benchmarks/evidence_lm.py --data DIR --set gsm8k                # DIR holds gsm8k/train_1000.jsonl
-    python benchmarks/evidence_lm.py --cards                               # rewrite model_cards/ from the results
+    python -m benchmarks.evidence_lm --data DIR --set tinyshakespeare      # DIR holds tinyshakespeare/input.txt
+    python -m benchmarks.evidence_lm --data DIR --set gsm8k                # DIR holds gsm8k/train_1000.jsonl
+    python -m benchmarks.evidence_lm --cards                               # rewrite model_cards/ from the results
 
 A teacher is trained on the set first. Every row trains the same student: learning rate chosen from the same three on
 validation with the first seed, then run with all seeds. Results go to benchmarks/results/, pictures beside the cards.
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+from benchmarks.evidence_cards import CARDS, fill
 from hf_distill.demo import quiet
 from hf_distill.evaluation.comparison import MEASURES, Comparison, Run, paired, picture, times_longer, token_blocks
 from hf_distill.methods.logit_kd import LogitKDConfig, build_objective
@@ -33,7 +34,7 @@ from hf_distill.teachers import FrozenTeacher
 
 BLOCK = 64
 ROOT = Path(__file__).parent.parent
-RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "model_cards"
+RESULTS = ROOT / "benchmarks" / "results"
 ALONE, ALONE_TIME, KL = "student alone", "student alone, equal time", "forward KL"
 ROWS = {
     ALONE: NextToken,
@@ -155,7 +156,7 @@ def measure(name: str, options) -> None:
         "teacher_cross_entropy": teacher_ce,
         "teacher_parameters": study.teacher.model.num_parameters(),
         "student_parameters": rows[ALONE][0].student.num_parameters(),
-        "command": "python benchmarks/evidence_lm.py " + " ".join(_without_paths(sys.argv[1:])),
+        "command": "python -m benchmarks.evidence_lm " + " ".join(_without_paths(sys.argv[1:])),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
         "rows": {row: [run.record() for run in runs] for row, runs in rows.items()},
@@ -171,19 +172,15 @@ def _without_paths(argv: list[str]) -> list[str]:
 # ---- cards ----------------------------------------------------------------------------------------------------------
 def write_cards() -> None:
     """Put the tables between the markers of each card; what stands around them is written by hand."""
-    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("evidence_*.json"))]
+    paths = (RESULTS / f"evidence_{name}{kind}.json" for name in sorted(SETS) for kind in ("", "_pretrained"))
+    found = [json.loads(path.read_text()) for path in paths if path.is_file()]
     for result in found:
         rows = {row: [Run(**run) for run in runs] for row, runs in result["rows"].items()}
         path = str(CARDS / f"evidence_{_label(result)}.png")
         title = SETS[result["set"]].split(":")[0] + (", pretrained student" if result.get("pretrained_steps") else "")
-        picture(rows, result["teacher_cross_entropy"], path, title)
+        picture(rows, {"cross_entropy": result["teacher_cross_entropy"]}, path, title)
     for method, rows in METHOD_ROWS.items():
-        path = CARDS / f"{method}.md"
-        text = path.read_text(encoding="utf-8")
-        head, rest = text.split("<!-- evidence -->", 1)
-        tail = rest.split("<!-- end of evidence -->", 1)[1]
-        body = "\n\n".join(_section(result, rows, BASELINES[method]) for result in found)
-        path.write_text(f"{head}<!-- evidence -->\n{body}\n<!-- end of evidence -->{tail}", encoding="utf-8")
+        fill(CARDS / f"{method}.md", "\n\n".join(_section(result, rows, BASELINES[method]) for result in found))
 
 
 def _label(result: dict) -> str:

@@ -26,6 +26,7 @@ TITLES = {
     "packing": "Packing",
     "moe": "Routed experts",
     "teacher": "Teachers",
+    "vision": "Classification objectives",
 }
 PAGES = {"teachers": ("teacher",)}  # all others are on the page performance
 
@@ -69,6 +70,8 @@ def time_table(entry: dict) -> str:
         cells += [f"{entry['ratios'][base][name]['min']:.2f}" for base in bases]
         cells += [_number(row[key]) if key in row else "" for key in extra]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "note" in entry:
+        lines += ["", entry["note"]]
     if "fit" in entry:
         lines += ["", "Fitted: " + ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in entry["fit"].items())]
     return "\n".join(lines)

@@ -12,7 +12,16 @@ import time
 
 import torch
 
-from benchmarks import bench_loss, bench_memory, bench_moe, bench_packing, bench_teacher, bench_trainer, report
+from benchmarks import (
+    bench_loss,
+    bench_memory,
+    bench_moe,
+    bench_packing,
+    bench_teacher,
+    bench_trainer,
+    bench_vision,
+    report,
+)
 from benchmarks.harness import MIB, ROOT, Report, keep_memory
 from benchmarks.toy import quiet
 
@@ -51,6 +60,10 @@ def main() -> None:
     teacher = Report("teacher", bench_teacher.CLOCK, config)
     bench_teacher.measure_all(teacher, rounds=1, **bench_teacher.SMALL)
     teacher.write(FOLDER)
+
+    vision = Report("vision", bench_vision.CLOCK, config)
+    bench_vision.measure(vision, rounds=1, **bench_vision.SMALL)
+    vision.write(FOLDER)
 
     for page in ("performance", "teachers"):
         shutil.copy(ROOT / "docs" / f"{page}.md", FOLDER)

@@ -50,6 +50,8 @@ _HOME = {
     "check_lora_reaches_experts": "students",
     "BalanceLoss": "students",
     "DataCollatorForDistillation": "curricula",
+    "DataCollatorForPreferenceDistillation": "curricula.preference",
+    "contrastive_pairs": "curricula.pairs",
     "DistillCallback": "training.callbacks",
     "TeacherAgreementCallback": "training.callbacks",
     "EMATeacherCallback": "training.callbacks",

@@ -186,7 +186,8 @@ def save(rows: dict[str, list[Run]], output_dir: str, teacher_ce: float, ratio: 
     trainer = rows[best][-1].trainer
     trainer.save_model()
     trainer.create_model_card(model_name="demo student", dataset_name="the Python standard library's sources")
-    picture(rows, teacher_ce, os.path.join(output_dir, "demo.png"), "Held-out modules of Python's standard library")
+    path, title = os.path.join(output_dir, "demo.png"), "Held-out modules of Python's standard library"
+    picture(rows, {"cross_entropy": teacher_ce}, path, title)
     results = {
         "teacher_cross_entropy": teacher_ce,
         "perplexity_ratio": ratio,

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 DENSE_FAMILIES = ("ForMaskedLM", "ForPreTraining", "LMHeadModelWithValueHead", "XLNetLMHeadModel", "XLMWithLMHeadModel")
 POSITION_TASKS = ("ForMaskedLM", "ForTokenClassification")
 ROW_KEYS = ("loss_rows", "row_labels", "row_document", "document_example")
-NOT_INPUTS = (*ROW_KEYS, "labels", "only_repeats")
+NOT_INPUTS = (*ROW_KEYS, "labels", "only_repeats", "mix_lambda", "labels_hard")
 
 
 def base_model_of(model: nn.Module) -> nn.Module:

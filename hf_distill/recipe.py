@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from hf_distill.recipe_data import load_data, splits
 from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 from hf_distill.tiny import made_up_rows, tiny_arguments, tiny_models
 from hf_distill.training import compat
@@ -21,7 +22,8 @@ from hf_distill.training.saving import check_no_other_run
 from hf_distill.training.trainers import teacher_from
 
 EMBEDDED = Path(__file__).parent / "embedded"
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+__all__ = ["RecipeArguments", "Setup", "load_data", "load_language_setup", "parse", "run"]
 
 
 @dataclass
@@ -72,12 +74,21 @@ class Setup:
 
 def parse(config_class: type, method: str, argv: list[str] | None = None) -> tuple:
     """Flags and `--config file.yaml` as (script, recipe, args, model, config); the embedded default without flags."""
+    return parse_as((RecipeArguments, DistillSFTConfig), EMBEDDED_DEFAULTS, config_class, method, argv)
+
+
+def parse_as(
+    kinds: tuple[type, type], embedded: dict, config_class: type, method: str, argv: list[str] | None
+) -> tuple:
+    """`parse` for other kinds of (recipe, training) arguments, with what the embedded default sets of the latter."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser((_Script, RecipeArguments, DistillSFTConfig, ModelConfig, config_class))
+    parser = TrlParser((_Script, *kinds, ModelConfig, config_class))
     script, recipe, args, model, config = parser.parse_args_and_config(argv)
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
-    if _is_embedded(script, args, model):
-        _embedded_arguments(args, given, method)
+    if is_embedded(script, args, model):
+        for name, value in embedded.items():  # every flag that was given wins
+            if name not in given:
+                setattr(args, name, value)
     if args.output_dir is None or (args.output_dir == "trainer_output" and "output_dir" not in given):
         args.output_dir = os.path.join("runs", method)
     if recipe.tiny:
@@ -95,29 +106,25 @@ class _Script(ScriptArguments):
     )
 
 
-def _is_embedded(script, args, model) -> bool:
+def is_embedded(script, args, model) -> bool:
+    """Whether no model and no data are named."""
     named = (script.dataset_name, args.teacher_model_name_or_path, model.model_name_or_path)
     return not any(named) and not args.teacher_adapter_off
 
 
-def _embedded_arguments(args: DistillSFTConfig, given: set[str], method: str) -> None:
-    """About a minute on two CPU cores; every flag that was given wins."""
-    default = {
-        "output_dir": os.path.join("runs", method),
-        "max_steps": 150,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 32,
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "cosine",
-        "max_length": 128,
-        "logging_steps": 10,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",  # only the student at the end, so that it can be run again
-    }
-    for name, value in default.items():
-        if name not in given:
-            setattr(args, name, value)
+# about a minute on two CPU cores
+EMBEDDED_DEFAULTS = {
+    "max_steps": 150,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "max_length": 128,
+    "logging_steps": 10,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",  # only the student at the end, so that it can be run again
+}
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -134,11 +141,11 @@ def load_language_setup(
     set_seed(args.seed)
     if recipe.tiny:
         tiny_models(args, model, str(EMBEDDED / "tokenizer"))
-    elif _is_embedded(script, args, model):
+    elif is_embedded(script, args, model):
         return embedded_setup(args.seed)
     teacher = teacher_from(None, args)
     student, processing_class = (make_student or named_student)(recipe, args, model, teacher)
-    train, held_out = (made_up_rows(),) * 2 if recipe.tiny else _data(script, recipe, args)
+    train, held_out = (made_up_rows(),) * 2 if recipe.tiny else splits(script, recipe.eval_examples, args.seed)
     if isinstance(teacher, AdapterOffTeacher) and not model.use_peft:
         raise ValueError("--teacher_adapter_off needs --use_peft: the teacher is the adapter's base")
     return Setup(student, teacher, train, held_out, processing_class, get_peft_config(model))
@@ -218,50 +225,6 @@ def _layers(text: str) -> str | int | list[int]:
     return int(text) if text.isdigit() else text
 
 
-def _data(script, recipe: RecipeArguments, args) -> tuple[Dataset, Dataset | None]:
-    loaded = load_data(script.dataset_name, script.dataset_config, script.dataset_streaming)
-    if not isinstance(loaded, dict):
-        loaded = {script.dataset_train_split: loaded}
-    if script.dataset_train_split not in loaded:
-        raise ValueError(
-            f"{script.dataset_name!r} has no split {script.dataset_train_split!r}, only {', '.join(loaded)}"
-        )
-    train = loaded[script.dataset_train_split]
-    if script.dataset_test_split in loaded:
-        return train, loaded[script.dataset_test_split]
-    if script.dataset_streaming or not recipe.eval_examples or len(train) < 2 * recipe.eval_examples:
-        return train, None
-    parts = train.train_test_split(recipe.eval_examples, seed=args.seed)
-    return parts["train"], parts["test"]
-
-
-def load_data(name: str | None, config: str | None = None, streaming: bool = False):
-    """A dataset from a Hub id, a folder saved by `datasets`, or json/jsonl/csv/parquet/txt files.
-
-    Raises:
-        ValueError: nothing of that name, or no known file in the folder.
-    """
-    if name is None:
-        raise ValueError("no data: give --dataset_name a Hub id, a folder or a file")
-    path = Path(name)
-    if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        return load_from_disk(name)
-    if path.is_file() or path.is_dir():
-        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FORMATS)
-        kinds = {FORMATS.get(f.suffix) for f in files} - {None}
-        if len(kinds) != 1:
-            raise ValueError(
-                f"{name!r} must hold files of one kind of {', '.join(FORMATS)}, found {sorted(kinds) or 'none'}"
-            )
-        options = {"sample_by": "document"} if kinds == {"text"} else {}
-        found = load_dataset(kinds.pop(), data_files=[str(f) for f in files], streaming=streaming, **options)
-        return found if isinstance(found, DatasetDict) else dict(found)
-    try:
-        return dict(load_dataset(name, config, streaming=streaming))
-    except Exception as error:
-        raise ValueError(f"cannot load dataset {name!r}: no such file or folder, and as a Hub id: {error}") from error
-
-
 # ---- the end of a run -----------------------------------------------------------------------------------------------
 MEASURES = (
     ("cross_entropy", "cross-entropy on held-out text"),
@@ -270,8 +233,12 @@ MEASURES = (
 )
 
 
-def run(setup: Setup, trainer, args, dataset_name: str | None = None) -> dict[str, float]:
-    """Evaluate, train, evaluate, save, push if asked, and print what changed. Returns the last evaluation."""
+def run(setup: Setup, trainer, args, dataset_name: str | None = None, *, table=None) -> dict[str, float]:
+    """Evaluate, train, evaluate, save, push if asked, and print what changed. Returns the last evaluation.
+
+    Args:
+        table: (setup, before, after) -> the text to print; None is that of language models.
+    """
     if trainer.is_world_process_zero():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("hf_distill").setLevel(logging.INFO)
@@ -281,14 +248,14 @@ def run(setup: Setup, trainer, args, dataset_name: str | None = None) -> dict[st
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
-        print(table(setup, before, after))
+        print((table or language_table)(setup, before, after))
         print(f"student saved in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     return after
 
 
-def table(setup: Setup, before: dict[str, float], after: dict[str, float]) -> str:
+def language_table(setup: Setup, before: dict[str, float], after: dict[str, float]) -> str:
     """What held-out text says of the student before and after."""
     ours, theirs = setup.student.num_parameters(), setup.teacher.describe().get("teacher_parameters")
     lines = [f"student {ours:,} parameters" + (f", teacher {theirs:,} ({theirs / ours:.1f} times)" if theirs else "")]

@@ -96,8 +96,8 @@ def classifier_of(model: nn.Module) -> nn.Module:
     """
     classes = getattr(model.config, "num_labels", None)
     heads = [name for name, m in model.named_modules() if getattr(m, "out_features", None) == classes]
-    backbone = getattr(model, "base_model_prefix", "") + "."
-    heads = [name for name in heads if not name.startswith(backbone)]
+    others = (getattr(model, "base_model_prefix", "") + ".", "distill_objective.")  # an objective may have heads too
+    heads = [name for name in heads if not name.startswith(others)]
     if not heads:
         raise ValueError(
             f'{type(model).__name__} has no linear layer with {classes} outputs outside its backbone, so "{EMBEDDING}" '

@@ -14,7 +14,25 @@ LAYERS = (
     ("objectives",),
     ("training", "curricula", "teachers", "students", "baselines", "evaluation", "hub", "embedded"),
     ("methods",),
-    ("recipe", "testing", "testing_promises", "testing_worker", "tiny", "cli", "demo", "__main__"),
+    (
+        "recipe",
+        "recipe_data",
+        "recipe_preference",
+        "recipe_classification",
+        "recipe_embedded",
+        "recipe_inputs",
+        "recipe_objectives",
+        "recipe_vlm",
+        "testing",
+        "testing_promises",
+        "testing_worker",
+        "tiny",
+        "tiny_classifiers",
+        "tiny_vlm",
+        "cli",
+        "demo",
+        "__main__",
+    ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 COMPAT = PACKAGE / "training" / "compat.py"

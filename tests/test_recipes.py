@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -25,6 +26,15 @@ def recipe_of(path: Path) -> str:
 
 
 def reloads(folder: Path) -> None:
+    kind = (
+        json.loads((folder / "config.json").read_text())["architectures"][0]
+        if (folder / "config.json").exists()
+        else ""
+    )
+    if "Classification" in kind:
+        return classifies(folder, "image" if "Image" in kind else "text")
+    if "ConditionalGeneration" in kind:
+        return describes(folder)
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
@@ -35,6 +45,22 @@ def reloads(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("def main(", return_tensors="pt")["input_ids"]
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def describes(folder: Path) -> None:
+    """The saved vision-language student answers a question about a picture."""
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": "What is it?"}]
+    chat = [{"role": "user", "content": content}]
+    pipe = pipeline("image-text-to-text", model=str(folder), device="cpu")
+    assert pipe(chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"] is not None
+
+
+def classifies(folder: Path, kind: str) -> None:
+    """The saved classifier says something of a picture or a text, by the names of its classes."""
+    prompt = Image.new("RGB", (40, 30)) if kind == "image" else "range(3) gives 0 1 2"
+    names = set(json.loads((folder / "config.json").read_text())["id2label"].values())
+    said = pipeline(f"{kind}-classification", model=str(folder), device="cpu")(prompt, top_k=len(names))
+    assert {entry["label"] for entry in said} == names
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)

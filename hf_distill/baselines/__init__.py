@@ -1,6 +1,6 @@
 """The losses every classification student is compared with, as objectives; and all objectives by name."""
 
-from hf_distill.baselines.base import Baseline, ComparesExamples
+from hf_distill.baselines.base import Baseline, ComparesExamples, StudentAlone
 from hf_distill.baselines.contrastive import CRD
 from hf_distill.baselines.features import AttentionTransfer, FitNet, TapsFeatures
 from hf_distill.baselines.logits import DIST, DKD, NKD, HintonKD
@@ -40,5 +40,6 @@ __all__ = [
     "HintonKD",
     "ReviewHint",
     "SimilarityPreserving",
+    "StudentAlone",
     "TapsFeatures",
 ]

@@ -36,6 +36,18 @@ class Baseline(Objective):
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup is a share of training, 0 to 1, got {warmup}")
         self.weight, self.label_weight, self.warmup = weight, label_weight, warmup
+        self.label_smoothing = 0.0
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def weigh_labels(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        """Change the label loss.
+
+        Args:
+            class_weights: (C,) factors of an example's loss by its class. The sum is divided by the examples, not by
+                their weights, so that no result depends on which of them meet; a mean weight of 1 keeps its size.
+            label_smoothing: share of each label that is spread over all classes.
+        """
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
 
     def terms(self, student: Signals, teacher: Signals) -> dict[str, Tensor]:
         """The paper's terms, unweighted."""
@@ -51,7 +63,13 @@ class Baseline(Objective):
             raise ValueError(
                 f"{type(self).__name__} needs labels in the batch, got {', '.join(student.batch) or 'none'}"
             )
-        return {"label": cross_entropy(upcast(logits), student.labels)} | self.terms(student, teacher)
+        return {"label": self.label_loss(upcast(logits), student.labels)} | self.terms(student, teacher)
+
+    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, with the class weights and the smoothing of `weigh_labels`."""
+        own = None if self.class_weights is None else self.class_weights.to(logits)
+        options = {"weight": own, "label_smoothing": self.label_smoothing}
+        return cross_entropy(logits, labels, reduction="sum", **options) / len(logits)
 
     def weights(self, progress: float) -> dict[str, float]:
         ramp = min(progress / self.warmup, 1.0) if self.warmup else 1.0
@@ -69,6 +87,19 @@ class Baseline(Objective):
                 "token use LogitKD"
             )
         return signals.logits
+
+
+class StudentAlone(Baseline):
+    """Cross-entropy with the labels: what a student learns without a teacher."""
+
+    needs = frozenset({"student.logits"})
+    uses_teacher = False
+
+    def __init__(self):
+        super().__init__(weight=0.0, label_weight=1.0)
+
+    def terms(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
+        return {}
 
 
 class ComparesExamples(Baseline):

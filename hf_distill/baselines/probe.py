@@ -23,12 +23,20 @@ def probe(
     Raises:
         ValueError: a model whose inputs cannot be made up, or whose weights are not here yet.
     """
-    module = model_of(teacher) or student
-    batch = probe_batch(student, module)
-    with eval_mode(student):
-        own = collect(student, _on(batch, student), ours, None)
-    with eval_mode(module):
-        return own, teacher(_on(batch, module), theirs)
+    module = model_of(teacher)
+    batch = probe_batch(student, student if module is None else module)
+    own = probe_one(student, ours, batch)
+    if module is None:
+        return own, teacher(_on(batch, student), theirs)
+    # the module and not the teacher: one that reads inputs of its own would refuse made-up ones
+    return own, probe_one(module, theirs, probe_batch(module, student))
+
+
+@torch.no_grad()
+def probe_one(model: nn.Module, needs: frozenset[str], batch: dict[str, Tensor] | None = None) -> Signals:
+    """Signals of one model on one example, made up unless given; see `probe`."""
+    with eval_mode(model):
+        return collect(model, _on(probe_batch(model) if batch is None else batch, model), needs, None)
 
 
 def model_of(teacher: Teacher) -> nn.Module | None:

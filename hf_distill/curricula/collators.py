@@ -69,7 +69,7 @@ class DataCollatorForDistillation:
         if labels is not None and labels.dim() == 2 and self.labels_of != "samples":
             self._check_ids(batch)
             lengths = [len(f["input_ids"]) for f in features] if _is_flattened(batch, features) else None
-            rows = loss_rows(labels, batch.get("position_ids"), shift=self.shift, example_lengths=lengths)
+            rows = self.rows(batch, lengths)
             batch |= rows
             for name in self.token_columns:
                 values = _flat_positions([f[name] for f in features], labels.shape, lengths)
@@ -81,6 +81,10 @@ class DataCollatorForDistillation:
             batch |= reader(batch, features, self.labels_of)
         return batch
 
+    def rows(self, batch: dict, example_lengths: list[int] | None) -> dict[str, Tensor]:
+        """Which positions of a batch with `labels` carry loss; subclasses may choose others and add keys."""
+        return loss_rows(batch["labels"], batch.get("position_ids"), shift=self.shift, example_lengths=example_lengths)
+
     def _teacher_inputs(self, features: list[dict], batch: dict) -> dict:
         own = [{k.removeprefix(PREFIX): v for k, v in f.items() if k.startswith(PREFIX)} for f in features]
         if not own[0]:
@@ -89,7 +93,7 @@ class DataCollatorForDistillation:
         labels = collated.get("labels")
         if "loss_rows" in batch and labels is not None and labels.dim() == 2 and "labels" in own[0]:
             lengths = [len(f["input_ids"]) for f in own] if _is_flattened(collated, own) else None
-            rows = loss_rows(labels, collated.get("position_ids"), shift=self.shift, example_lengths=lengths)
+            rows = self.rows(collated, lengths)
             check_same_answers(rows, batch)
             collated |= rows
         return {PREFIX + key: value for key, value in collated.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from collections.abc import Callable
@@ -31,14 +32,22 @@ class SeededAugmentation(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        own = int.from_bytes(hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=4).digest(), "little")
-        python, numpy = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(own)
-                np.random.seed(own)
-                torch.manual_seed(own)
-                return self.transform(self.dataset[index])
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        with seeded_draws(self.seed, index):
+            return self.transform(self.dataset[index])
+
+
+@contextlib.contextmanager
+def seeded_draws(*key):
+    """Python's, numpy's and torch's global generators seeded by a key of numbers, and put back at the end."""
+    text = "/".join(map(str, key))
+    own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(own)
+            np.random.seed(own)
+            torch.manual_seed(own)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

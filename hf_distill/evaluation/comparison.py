@@ -24,6 +24,11 @@ from hf_distill.training.config import DistillSFTConfig
 from hf_distill.training.trainers import DistillSFTTrainer
 
 MEASURES = ("cross_entropy", "teacher_kl", "agreement")
+LABELS = {
+    "cross_entropy": "cross-entropy (nats), lower",
+    "teacher_kl": "KL(teacher || student), lower",
+    "agreement": "top-1 agreement, higher",
+}
 
 
 @dataclass
@@ -171,20 +176,23 @@ class Paired:
     mean: float
     standard_error: float
     values: tuple[float, ...]
+    higher_is_better: bool = False
 
     @property
     def verdict(self) -> str:
-        """Of the first row beside the second, where lower is better: beats and loses mean beyond 2 standard errors."""
+        """Of the first row beside the second: beats and loses mean beyond 2 standard errors, over 3 and more seeds."""
         if len(self.values) < 3 or abs(self.mean) <= 2 * self.standard_error:
             return "not told apart"
-        return "beats" if self.mean < 0 else "loses to"
+        return "beats" if (self.mean > 0) == self.higher_is_better else "loses to"
 
 
-def paired(rows: dict[str, list[Run]], row: str, baseline: str, measure: str = "cross_entropy") -> Paired:
-    """Mean paired difference `row` - `baseline` of a measure on the test text, and its standard error over seeds."""
+def paired(
+    rows: dict[str, list[Run]], row: str, baseline: str, measure: str = "cross_entropy", *, higher_is_better=False
+) -> Paired:
+    """Mean paired difference `row` - `baseline` of a measure on the test set, and its standard error over seeds."""
     values = tuple(a.test[measure] - b.test[measure] for a, b in zip(rows[row], rows[baseline], strict=True))
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Paired(statistics.mean(values), error, values)
+    return Paired(statistics.mean(values), error, values, higher_is_better)
 
 
 def times_longer(runs: list[Run], beside: list[Run]) -> float:
@@ -197,28 +205,34 @@ def times_longer(runs: list[Run], beside: list[Run]) -> float:
     return max(per_step[0] / per_step[1], 1.0)
 
 
-def picture(rows: dict[str, list[Run]], teacher_cross_entropy: float, path: str, title: str) -> None:
-    """A dot per seed and a bar at the mean, per row and measure. Needs matplotlib (the extra `report`)."""
+def picture(
+    rows: dict[str, list[Run]], teacher: dict[str, float], path: str, title: str, labels: dict[str, str] = LABELS
+) -> None:
+    """A dot per seed and a bar at the mean, per row and measure. Needs matplotlib (the extra `report`).
+
+    Args:
+        teacher: what the teacher itself has, per measure where it has one.
+        labels: measure -> its axis, ending in what is better.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    size = (12, 1.2 + 0.4 * len(rows))
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, layout="constrained", sharey=True)
-    better = ("cross-entropy (nats), lower", "KL(teacher || student), lower", "top-1 agreement, higher")
-    for axis, key, label in zip(axes, MEASURES, better, strict=True):
+    size = (4 * len(labels), 1.2 + 0.4 * len(rows))
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, (key, label) in zip(axes[0], labels.items(), strict=True):
         for i, runs in enumerate(rows.values()):
             values = [run.test[key] for run in runs]
             axis.plot(values, [i] * len(values), "o", color="#2f6fb0", alpha=0.6)
             axis.plot([statistics.mean(values)], [i], "k|", markersize=16)
-        if key == "cross_entropy":
-            axis.axvline(teacher_cross_entropy, color="#b0413e", linestyle="--", label="teacher")
+        if key in teacher:
+            axis.axvline(teacher[key], color="#b0413e", linestyle="--", label="teacher")
             axis.legend(fontsize=8)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=9)
         axis.set_title(f"{label} is better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
+    axes[0][0].invert_yaxis()
     figure.suptitle(f"{title}; dots are seeds", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -42,6 +42,7 @@ from hf_distill.losses.functional import (
 )
 from hf_distill.losses.fused import observe, one_term, run_terms
 from hf_distill.losses.metrics import Agreement, StudentEntropy, TeacherEntropy
+from hf_distill.losses.preference import preference_loss
 from hf_distill.losses.relations import cc_loss, rkd_loss, rkd_terms, sp_loss
 from hf_distill.losses.sparse import topk_divergence
 from hf_distill.losses.targets import Interpolated, LabelCrossEntropy
@@ -94,6 +95,7 @@ __all__ = [
     "nkd_terms",
     "observe",
     "one_term",
+    "preference_loss",
     "reverse_kl",
     "rkd_loss",
     "rkd_terms",

@@ -5,6 +5,18 @@ from __future__ import annotations
 from hf_distill.methods._card import MethodCard, all_cards
 
 METHODS = (
+    "tgeo_kd",
+    "hard_augment",
+    "multi_aspect",
+    "preference_kd",
+    "trg",
+    "ofa_kd",
+    "lelp",
+    "pld",
+    "nd_loss",
+    "mix_kd",
+    "bdkd",
+    "llava_mod",
     "logit_kd",
     "taid",
 )

@@ -109,9 +109,7 @@ def upcycle_to_moe(
         'Qwen3MoeForCausalLM'
     """
     settings = UpcycleConfig(layers, num_experts, top_k, router_std, seed, native_only, capacity_factor)
-    _check_dense(model)
-    chosen = moe_layers(settings.layers, _layer_count(model))
-    config, kind = _sparse_config(model, chosen, settings)
+    chosen, config, kind = plan_upcycle(model, settings)
     with init_empty_weights(include_buffers=False):
         sparse = kind(config)
     blocks = routed_blocks(sparse)
@@ -123,6 +121,17 @@ def upcycle_to_moe(
         sparse.generation_config = copy.deepcopy(model.generation_config)
     _check_same_function(model, sparse)
     return sparse.eval()
+
+
+def plan_upcycle(model: PreTrainedModel, settings: UpcycleConfig) -> tuple[list[int], PretrainedConfig, type]:
+    """The layers that become sparse, and the sparse model's config and class; no weight is read or copied.
+
+    Raises:
+        ValueError: as `upcycle_to_moe`, all but what only its weights can show.
+    """
+    _check_dense(model)
+    chosen = moe_layers(settings.layers, _layer_count(model))
+    return chosen, *_sparse_config(model, chosen, settings)
 
 
 def moe_layers(layers: str | list[int], count: int) -> list[int]:

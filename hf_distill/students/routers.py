@@ -147,8 +147,9 @@ class _Kept:
 
     def put(self, module: nn.Module, args, output) -> None:
         self.depth -= 1
-        if isinstance(output, ModelOutput) and output.get("router_logits") is None and self.logits is not None:
-            output["router_logits"] = self.logits
+        if isinstance(output, ModelOutput) and self.logits is not None:
+            # an attribute: DDP makes outputs again from their entries, and these classes have no such field
+            output.router_logits = getattr(output, "router_logits", None) or self.logits
         if not self.depth:
             self.logits = None
 

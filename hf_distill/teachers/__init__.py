@@ -12,6 +12,7 @@ from hf_distill.teachers.generations import Generation
 from hf_distill.teachers.local_text import LocalTextTeacher
 from hf_distill.teachers.peer import EMATeacher, MutualKD, PeerTeacher
 from hf_distill.teachers.privileged import PrivilegedTeacher, TeacherInputs, add_teacher_inputs
+from hf_distill.teachers.relabelled import RelabelledTeacher
 from hf_distill.teachers.text import TextTeacher
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MutualKD",
     "PeerTeacher",
     "PrivilegedTeacher",
+    "RelabelledTeacher",
     "RoutedTeacher",
     "Teacher",
     "TeacherInputs",

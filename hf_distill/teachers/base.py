@@ -98,4 +98,65 @@ class Teacher:
         return {"teacher": self.name, "revision": self.revision}
 
 
-__all__ = ["Teacher", "teacher_batch"]
+class WrappedTeacher(Teacher):
+    """A teacher around another one, whose everything it is where a subclass says nothing else.
+
+    Attributes:
+        teacher: the other one.
+    """
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        self.gives, self.learns, self.learning_rate = teacher.gives, teacher.learns, teacher.learning_rate
+
+    def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        return self.teacher(batch, needs)
+
+    @property
+    def name(self) -> str:
+        return self.teacher.name
+
+    @property
+    def revision(self) -> str | None:
+        return self.teacher.revision
+
+    @property
+    def config(self):
+        return self.teacher.config
+
+    @property
+    def tokenizer(self):
+        return self.teacher.tokenizer
+
+    def vocabulary_size(self) -> int | None:
+        return self.teacher.vocabulary_size()
+
+    def attach(self, student: nn.Module) -> None:
+        self.teacher.attach(student)
+
+    def detach(self) -> None:
+        self.teacher.detach()
+
+    def prepare(self, accelerator) -> None:
+        self.teacher.prepare(accelerator)
+
+    def trained_module(self) -> nn.Module | None:
+        return self.teacher.trained_module()
+
+    def after_step(self, step: int) -> None:
+        self.teacher.after_step(step)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.teacher.state_tensors()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.teacher.load_state_tensors(tensors)
+
+    def check(self) -> None:
+        self.teacher.check()
+
+    def describe(self) -> dict:
+        return self.teacher.describe()
+
+
+__all__ = ["Teacher", "WrappedTeacher", "teacher_batch"]

@@ -110,7 +110,7 @@ class FrozenTeacher(Teacher):
         return None if head is None else head.weight.shape[0]
 
     def check(self) -> None:
-        if not self.dense_logits:
+        if not self.dense_logits and not self.sharded:  # by an earlier stage, which checked it
             check_head(self.model, "teacher")
 
     def prepare(self, accelerator) -> None:
@@ -121,6 +121,29 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        return self._say(batch, needs)
+
+    def check_input_gradient(self) -> None:
+        """Raises ValueError where `with_input_gradient` is not to be trusted: sharded or (untested) 4-bit weights."""
+        how = "is sharded" if self.sharded else None
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            how = "is loaded in 4 bit, through which gradients are untested"
+        if how is not None:
+            raise ValueError(
+                f"a gradient through {self.name} is needed, and it {how}: load it whole, in 8 bit or full precision"
+            )
+
+    def with_input_gradient(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
+        """As the call, but differentiable by float inputs of the batch that need a gradient; weights stay constants.
+
+        Raises:
+            ValueError: see `check_input_gradient`.
+        """
+        self.check_input_gradient()
+        with torch.enable_grad():
+            return self._say(batch, needs)
+
+    def _say(self, batch: dict, needs: frozenset[str]) -> Signals:
         own = teacher_batch(batch)
         device = _device_type(own)
         # its own dtype: the student's autocast must not change what the teacher says

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, Pipeline, StoppingCriteriaList
+from trl import prepare_multimodal_messages
 
 from hf_distill.heads import base_model_of, is_encoder_decoder
 from hf_distill.signals import upcast
 from hf_distill.teachers.cache.fingerprint import tokenizer_fingerprint, weights_digest
+from hf_distill.teachers.cache.keys import image_digest
 from hf_distill.teachers.decoding import Draw, StopAtStrings, left_padded
 from hf_distill.teachers.frozen import FrozenTeacher, eval_mode
 from hf_distill.teachers.generations import Generation, Request
@@ -62,6 +64,7 @@ class LocalTextTeacher(TextTeacher):
         self.batch_size = batch_size
         self.name = getattr(self.base.config, "_name_or_path", "") or type(self.base).__name__
         self.context = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        self._pictures: dict[str, object] = {}  # of the present call, by digest
         self._parameters = inspect.signature(self.base.forward).parameters
         super().__init__(store)
 
@@ -82,19 +85,70 @@ class LocalTextTeacher(TextTeacher):
         }
 
     # ---- writing -----------------------------------------------------------------------------------------------------
+    def generate(self, prompts: Sequence[Prompt], *, images: Sequence | None = None, **settings) -> list[Generation]:
+        """As TextTeacher's, and of pictures.
+
+        Args:
+            images: per prompt an image or a list of images, for a processor. Prompts are then conversations; where they
+                name no places ({"type": "image"}), pictures stand before the first question.
+
+        Raises:
+            ValueError: as TextTeacher's; images without a processor, or of texts.
+        """
+        if images is None:
+            return super().generate(prompts, **settings)
+        self._check_images(prompts, images)
+        if any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("prompts with images must be conversations: [{'role': 'user', 'content': text}]")
+        shown = [self._shown(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+        try:
+            return super().generate(shown, **settings)
+        finally:
+            self._pictures = {}
+
+    def _shown(self, conversation: list[dict], images) -> list[dict]:
+        """The conversation with a digest at each picture's place, so that other pictures are other requests."""
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        shown = []
+        for message in prepare_multimodal_messages(conversation, images=images):
+            content = []
+            for part in message["content"]:
+                if part.get("type") == "image":
+                    digest = image_digest(part["image"])
+                    self._pictures[digest] = part["image"]
+                    part = {"type": "image", "digest": digest}
+                content.append(part)
+            shown.append(message | {"content": content})
+        return shown
+
     def answer(self, requests: list[Request]) -> Iterator[list[tuple[int, Generation]]]:
-        prompts = self._token_ids([request.prompt for request in requests], requests[0].max_new_tokens)
-        order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))  # longest first: memory fails early
+        asked, room = [request.prompt for request in requests], requests[0].max_new_tokens
+        if self._pictures:
+            order = list(range(len(requests)))
+        else:
+            ids = self._token_ids(asked, room)
+            order = sorted(range(len(requests)), key=lambda i: -len(ids[i]))  # longest first: memory fails early
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            texts = self._write([prompts[i] for i in batch], [requests[i] for i in batch])
-            yield list(zip(batch, texts, strict=True))
+            if self._pictures:
+                pictures = [
+                    [
+                        self._pictures[part["digest"]]
+                        for message in asked[i]
+                        for part in message["content"]
+                        if "digest" in part
+                    ]
+                    for i in batch
+                ]
+                inputs = self._image_inputs([asked[i] for i in batch], pictures, room)
+            else:
+                inputs = left_padded([ids[i] for i in batch], self._padding, self.base.device)
+            yield list(zip(batch, self._write(inputs, [requests[i] for i in batch]), strict=True))
 
     @torch.no_grad()
-    def _write(self, prompts: list[list[int]], requests: list[Request]) -> list[Generation]:
+    def _write(self, inputs: dict[str, Tensor], requests: list[Request]) -> list[Generation]:
         first, device = requests[0], self.base.device
-        inputs = left_padded(prompts, self._padding, device)
-        width = inputs["input_ids"].shape[1]
+        width, prompts = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(-1).tolist()
         draw = Draw(requests, width, device)
         stop = StopAtStrings(self._tokenizer, first.stop_strings, width) if first.stop_strings else None
         with self._speaking(), self._plain_generation():
@@ -107,7 +161,7 @@ class LocalTextTeacher(TextTeacher):
         log_probs = torch.stack(draw.log_probs, 1).tolist() if first.log_probs else None
         stopped = {} if stop is None else stop.length
         return [
-            self._generation(ids, len(prompts[row]), stopped.get(row), first, log_probs and log_probs[row])
+            self._generation(ids, prompts[row], stopped.get(row), first, log_probs and log_probs[row])
             for row, ids in enumerate(sequences[:, width:].tolist())
         ]
 

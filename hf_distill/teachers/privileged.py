@@ -15,17 +15,16 @@ import json
 import os
 from collections.abc import Callable
 
-from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from hf_distill.curricula.collators import check_same_answers, loss_rows
 from hf_distill.heads import ROW_KEYS
 from hf_distill.signals import Signals
-from hf_distill.teachers.base import PREFIX, Teacher
+from hf_distill.teachers.base import PREFIX, WrappedTeacher
 from hf_distill.teachers.frozen import load_teacher
 
 
-class PrivilegedTeacher(Teacher):
+class PrivilegedTeacher(WrappedTeacher):
     """A teacher that reads the `teacher_` columns of a batch, and of the student's only what is named.
 
     Wraps any teacher: frozen, the student's own base or average (which teach the student to do without the hint), or a
@@ -42,12 +41,10 @@ class PrivilegedTeacher(Teacher):
     """
 
     def __init__(self, teacher, inputs: tuple[str, ...] = ("input_ids",), *, shared: tuple[str, ...] = ()):
-        self.teacher = load_teacher(teacher)
+        super().__init__(load_teacher(teacher))
         if self.teacher.readers:
             raise ValueError(f"{self.teacher.name} is cached and reads no inputs: cache the privileged teacher instead")
         self.inputs, self.shared = _names(inputs, "inputs"), _names(shared, "shared")
-        self.gives, self.learns = self.teacher.gives, self.teacher.learns
-        self.learning_rate = self.teacher.learning_rate
 
     def __call__(self, batch: dict, needs: frozenset[str] = frozenset({"logits"})) -> Signals:
         return self.teacher(self.own_batch(batch, needs), needs)
@@ -77,50 +74,6 @@ class PrivilegedTeacher(Teacher):
                 f"{', '.join(own) or 'none'}: make them with add_teacher_inputs or the TeacherInputs collator, for "
                 "evaluation data too"
             )
-
-    # ---- the wrapped teacher's ----
-    @property
-    def name(self) -> str:
-        return self.teacher.name
-
-    @property
-    def revision(self) -> str | None:
-        return self.teacher.revision
-
-    @property
-    def config(self):
-        return self.teacher.config
-
-    @property
-    def tokenizer(self):
-        return self.teacher.tokenizer
-
-    def vocabulary_size(self) -> int | None:
-        return self.teacher.vocabulary_size()
-
-    def attach(self, student: nn.Module) -> None:
-        self.teacher.attach(student)
-
-    def detach(self) -> None:
-        self.teacher.detach()
-
-    def prepare(self, accelerator) -> None:
-        self.teacher.prepare(accelerator)
-
-    def trained_module(self) -> nn.Module | None:
-        return self.teacher.trained_module()
-
-    def after_step(self, step: int) -> None:
-        self.teacher.after_step(step)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.teacher.state_tensors()
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.teacher.load_state_tensors(tensors)
-
-    def check(self) -> None:
-        self.teacher.check()
 
     def describe(self) -> dict:
         return self.teacher.describe() | {"teacher_reads": ", ".join((*self.inputs, *self.shared))}

@@ -23,20 +23,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hf_distill.methods import MethodCard
-from hf_distill.testing.setups import SETUPS, TinyText, setup_of
+from hf_distill.testing.setups import SETUPS, TinyImage, TinySequence, TinyText, setup_of
 
 PROMISES = {
     "interface": "its config has help, parses from command line and YAML, refuses NaN; distill gives a clean model",
     "exact_scaling": "loss, gradients, state and evaluation do not depend on batch x accumulation x ranks x ragged end",
-    "no_wide_logits": "no tensor of rows x vocabulary in a training step or an evaluation",
-    "clean_student": "what is saved loads, matches and generates in a process without hf_distill",
+    "no_wide_logits": "no tensor of rows x vocabulary in a training step or an evaluation (language models)",
+    "clean_student": "what is saved loads, matches and runs in a process without hf_distill (or with its students)",
     "exact_resume": "killed mid-epoch and restarted, weights, state and logs are bit for bit the uninterrupted run's",
     "distributed": "two ranks train with the same terms and end equal",
     "frozen_teacher": "the teacher neither moves nor gets a gradient (unless it `learns`); nor, under LoRA, the base",
     "quiet_evaluation": "evaluation changes no weight, state or random state",
 }
 
-__all__ = ["PROMISES", "SETUPS", "TinyText", "check_methods", "setup_of"]
+__all__ = ["PROMISES", "SETUPS", "TinyImage", "TinySequence", "TinyText", "check_methods", "setup_of"]
 
 
 def check_methods(cards: Iterable[MethodCard], *, promises: Iterable[str] | None = None) -> None:

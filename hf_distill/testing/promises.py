@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import HfArgumentParser
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from hf_distill.heads import has_row_labels
 from hf_distill.objectives import Objective
 from hf_distill.testing.runs import Case, difference, evaluation, outcome, weights
 
@@ -134,7 +135,10 @@ def _split(case: Case, rows: int, batch: int, accumulation: int, eval_sizes: tup
 
 # ---- no wide logits --------------------------------------------------------------------------------------------------
 def no_wide_logits(case: Case) -> Iterator[str]:
-    yield from case.run(_wide)
+    if case.setup.wide and has_row_labels(
+        case.setup.student()
+    ):  # else one row of class logits per example: there is no vocabulary
+        yield from case.run(_wide)
 
 
 def _wide(case: Case) -> list[str]:
@@ -154,7 +158,12 @@ def _wide(case: Case) -> list[str]:
     )
     if trainer.args.dense_logits:
         return []
-    own = {tuple(p.shape) for model in (student, teacher, trainer.objective) for p in model.parameters()}
+    own = {
+        tuple(p.shape)
+        for model in (student, teacher, trainer.objective)
+        if model is not None
+        for p in model.parameters()
+    }
     found = []
     for what, run in (("a training step", trainer.train), ("an evaluation", trainer.evaluate)):
         with _Widest(width, own, rows=2**20 // (4 * width)) as mode:
@@ -196,41 +205,53 @@ def clean_student(case: Case) -> Iterator[str]:
 
 def _save(case: Case) -> list[str]:
     trainer = case.trainer("clean", max_steps=2, save_strategy="steps", save_steps=2)
-    expected = set(case.setup.student().state_dict())
+    case.setup.student().save_pretrained(case.folder / "fresh")  # under the names that its family has in files
+    expected = _saved_names(case.folder / "fresh")
     trainer.train()
     trainer.save_model()
     student = trainer.student().eval()
     inputs = case.setup.probe()
     with torch.no_grad():
-        torch.save({"inputs": inputs, "logits": student(**inputs).logits}, case.folder / "expected.pt")
+        said = {"inputs": inputs, "logits": student(**inputs).logits, "scores": case.setup.scores(student)}
+    torch.save(said, case.folder / "expected.pt")
     problems = []
     for folder in (case.folder / "clean", case.folder / "clean" / "checkpoint-2"):
-        saved: set[str] = set()
-        for path in folder.glob("model*.safetensors"):
-            with safe_open(path, "pt") as file:
-                saved |= {*file.keys()}
+        saved = _saved_names(folder)
         if saved - expected or not saved:
             problems.append(f"{folder.name} holds more than the student: {sorted(saved - expected) or 'no weights'}")
     left = [p.name for p in (case.folder / "clean").iterdir() if "objective" in p.name]
     return problems + [f"the exported folder holds {name}" for name in left]
 
 
+def _saved_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= {*file.keys()}
+    return names
+
+
 LOADER = """
 import json, sys
-listed, blocked = json.load(open(sys.argv[1])), set(json.load(open(sys.argv[2])))
+listed = json.load(open(sys.argv[1]))
 
 class Refuse:
+    blocked = ()
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in blocked:
+        if any(name == package or name.startswith(package + ".") for package in self.blocked):
             raise ModuleNotFoundError(f"the student needs {name} to load", name=name)
 
 sys.meta_path.insert(0, Refuse())
-import torch, transformers
+import numpy, torch, transformers
+from PIL import Image
 transformers.utils.logging.set_verbosity_error()
 report = {}
 for slug, case in listed.items():
     problems = report[slug] = []
+    Refuse.blocked = case["blocked"]
     try:
+        if case["registered"]:
+            import hf_distill.students
         auto = getattr(transformers, case["auto_class"])
         model, info = auto.from_pretrained(case["folder"], output_loading_info=True)
         problems += [f"loading it gives {kind}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
@@ -240,21 +261,38 @@ for slug, case in listed.items():
         if not torch.allclose(logits, expected["logits"], atol=1e-5):
             problems.append("loaded again, it says something else than the student that was saved")
         pipe = transformers.pipeline(case["task"], model=case["folder"], device="cpu")
-        text = pipe(case["prompt"], max_new_tokens=4)[0]["generated_text"]
-        if not text.startswith(case["prompt"]):
-            problems.append(f"pipeline({case['task']!r}) gave {text!r} for {case['prompt']!r}")
-        if pipe.tokenizer.chat_template != case["chat_template"]:
+        prompt, scores = case["prompt"], expected["scores"]
+        picture = None
+        if isinstance(prompt, dict):
+            picture, prompt = prompt["picture"], prompt["text"]
+        elif isinstance(prompt, list):
+            picture, prompt = prompt, None
+        if picture is not None:
+            picture = Image.fromarray(numpy.asarray(picture, dtype=numpy.uint8))
+        if scores is None:
+            said = pipe(prompt, max_new_tokens=4) if picture is None else pipe(picture, text=prompt, max_new_tokens=4)
+            text = said[0]["generated_text"]
+            if not text.startswith(prompt):
+                problems.append(f"pipeline({case['task']!r}) gave {text!r} for {prompt!r}")
+        else:
+            found = {entry["label"]: entry["score"] for entry in pipe(picture or prompt, top_k=len(scores))}
+            if found.keys() != scores.keys() or max(abs(found[k] - scores[k]) for k in scores) > 1e-4:
+                problems.append(f"pipeline({case['task']!r}) gave {found}, the student that was saved {scores}")
+        if getattr(pipe.tokenizer, "chat_template", None) != case["chat_template"]:
             problems.append(f"its chat template is {pipe.tokenizer.chat_template!r}")
     except Exception as error:
-        problems.append(f"does not load without hf_distill: {type(error).__name__}: {error}")
-json.dump(report, open(sys.argv[3], "w"))
+        problems.append(f"does not load without {', '.join(Refuse.blocked)}: {type(error).__name__}: {error}")
+json.dump(report, open(sys.argv[2], "w"))
 """
 
 
 def load_clean_students(cases: list[Case], folder: Path) -> dict[str, list[str]]:
-    """Load all saved students in one process that can import neither hf_distill nor the methods' packages."""
+    """Load all saved students in one process that can import neither hf_distill nor the methods' packages.
+
+    Those of `registered` classes come last, and may import `hf_distill.students`, but no method.
+    """
     listed = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.setup.registered):
         setup = case.setup
         listed[case.card.slug] = {
             "folder": str(case.folder / "clean"),
@@ -262,13 +300,21 @@ def load_clean_students(cases: list[Case], folder: Path) -> dict[str, list[str]]
             "auto_class": setup.auto_class,
             "task": setup.task,
             "prompt": setup.prompt,
-            "chat_template": setup.processing_class().chat_template,
+            "chat_template": getattr(setup.processing_class(), "chat_template", None),
+            "registered": setup.registered,
+            "blocked": _blocked(case),
         }
-    blocked = sorted({"hf_distill", *(case.module.__name__.split(".")[0] for case in cases)})
-    files = [folder / "students.json", folder / "blocked.json", folder / "loaded.json"]
+    files = [folder / "students.json", folder / "loaded.json"]
     files[0].write_text(json.dumps(listed), encoding="utf-8")
-    files[1].write_text(json.dumps(blocked), encoding="utf-8")
     process = subprocess.run([sys.executable, "-c", LOADER, *map(str, files)], stderr=subprocess.PIPE, text=True)
     if process.returncode:
         return {slug: [f"the process that loads students failed\n{process.stderr[-2000:]}"] for slug in listed}
-    return json.loads(files[2].read_text(encoding="utf-8"))
+    return json.loads(files[1].read_text(encoding="utf-8"))
+
+
+def _blocked(case: Case) -> list[str]:
+    """What loading a student must do without."""
+    package = case.module.__name__.split(".")[0]
+    if not case.setup.registered:
+        return sorted({"hf_distill", package})
+    return sorted({"hf_distill.methods", case.module.__name__ if package == "hf_distill" else package})

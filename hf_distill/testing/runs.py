@@ -178,12 +178,18 @@ def weights(trainer) -> dict[str, Tensor]:
     return {f"weight {name}": value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def objective_state(trainer) -> dict[str, Tensor]:
+    """What an objective must keep, copied; preference trainers have none."""
+    kept = {} if trainer.objective is None else trainer.objective.state_tensors()
+    return {f"state {name}": value.clone() for name, value in kept.items()}
+
+
 def outcome(trainer, before: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Weights (or how far they are from `before`), the objective's state and every logged loss."""
     values: dict[str, Any] = weights(trainer)
     if before is not None:
         values = {name: value - before[name] for name, value in values.items()}
-    values |= {f"state {name}": value.clone() for name, value in trainer.objective.state_tensors().items()}
+    values |= objective_state(trainer)
     if trainer.teacher is not None:
         values |= {f"teacher {name}": value.clone() for name, value in trainer.teacher.state_tensors().items()}
     for entry in trainer.state.log_history:
@@ -202,15 +208,16 @@ def difference(ours: dict[str, Any], reference: dict[str, Any], tolerance: float
     """What differs most of each kind (a name's first word); "" when nothing does.
 
     The tolerance is relative to the reference's norm; 0 is bit for bit.
-    Values far smaller than others of their kind are compared with a thousandth of the largest
-    of these: they may be differences of large numbers, which rounding leaves few digits of.
+    Values far smaller than others of their kind are compared with a hundredth of the largest
+    of these: they may be differences of large numbers, which rounding leaves few digits of (a key's bias in attention
+    has no gradient at all).
     """
     if ours.keys() != reference.keys():
         return f"one has {sorted(ours.keys() ^ reference.keys())}, the other does not"
     pairs = {name: (_double(ours[name]), _double(reference[name])) for name in reference}
     floors: dict[str, float] = {}
     for name, (_, b) in pairs.items():
-        floors[_kind(name)] = max(floors.get(_kind(name), 1e-9), 1e-3 * b.nan_to_num(0, 0, 0).norm().item())
+        floors[_kind(name)] = max(floors.get(_kind(name), 1e-9), 1e-2 * b.nan_to_num(0, 0, 0).norm().item())
     worst: dict[str, tuple[float, str]] = {}
     for name, (a, b) in pairs.items():
         if a.shape != b.shape:

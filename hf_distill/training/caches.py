@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from hf_distill.curricula.collators import DataCollatorForDistillation
+from hf_distill.curricula.collators import PREFIX, DataCollatorForDistillation
 from hf_distill.heads import labels_are_shifted, labels_of
 from hf_distill.objectives import Objective
 from hf_distill.teachers import CachedTeacher, Teacher
@@ -70,7 +70,8 @@ class ReferenceCollator:
         batch = dict(self.base([dict(feature) for feature in features]))  # TRL's renames the example's own columns
         rows = DataCollatorForDistillation(lambda _: batch, readers=(self.reader,))(features)
         log_probs = rows[self.reader.keys["log_probs"]]
-        answer = rows["document_example"][rows["row_document"]]
+        prefix = PREFIX if PREFIX + "row_document" in rows else ""  # a teacher with tokens of its own
+        answer = rows[prefix + "document_example"][rows[prefix + "row_document"]]
         if self.ld_alpha is not None:
             beyond = _beyond_the_shorter(answer, 2 * len(features))
             log_probs = torch.where(beyond, self.ld_alpha * log_probs, log_probs)

@@ -96,8 +96,11 @@ def load_model(path: str, *, auto_class=None, what: str = "model", quantization_
     revision = kwargs.get("revision")
     try:
         ours = transformers
-        if _model_type(path, revision).startswith("routed"):  # a sparse student that transformers has no class for
+        kind = _model_type(path, revision)
+        if kind.startswith("routed"):  # a sparse student that transformers has no class for
             from hf_distill.students import routed as ours
+        elif kind == "subclasses":
+            from hf_distill.students import heads as ours
         config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
         if auto_class is None:
             name = (config.architectures or [""])[0]
@@ -144,6 +147,27 @@ def load_processing_class(path: str, **kwargs):
         return AutoProcessor.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError):
         return None
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module, folder: str):
+    """For the length of a load: a checkpoint of other names than the model's is read as `from_pretrained` reads it.
+
+    save_pretrained writes the names that a family has on the Hub (ViT, fused experts). Trainer gives these to
+    load_state_dict(strict=False), which leaves such weights as they were.
+    """
+
+    def convert(module, state_dict, *rest) -> None:
+        if not state_dict.keys() <= module.state_dict().keys():
+            own = type(module).from_pretrained(folder, dtype=torch.float32).state_dict()  # holds any other exactly
+            state_dict.clear()
+            state_dict.update(own)
+
+    handle = model.register_load_state_dict_pre_hook(convert)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def prepare_frozen(model: nn.Module, accelerator, *, placed: bool) -> nn.Module:
@@ -275,6 +299,22 @@ def find_unused_parameters(accelerator) -> None:
     """Let DDP live with parameters without a gradient; Trainer reads its setting before the objective is known."""
     if accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = True
+
+
+def shard_own_layers(accelerator, model: nn.Module) -> None:
+    """Have FSDP shard the layers that this model has; to be called before training.
+
+    accelerate keeps the classes of the process's first model, which another stage's may not have, and stops at names
+    that a family lists and a model lacks (LLaVA's, of CLIP's text side).
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or accelerator.distributed_type != "FSDP":
+        return
+    policy = plugin.auto_wrap_policy
+    plugin.auto_wrap_policy = policy.func if isinstance(policy, functools.partial) else policy
+    present = {type(module).__name__ for module in model.modules()}
+    asked = {*(plugin.transformer_cls_names_to_wrap or ()), *(getattr(model, "_no_split_modules", None) or ())}
+    plugin.transformer_cls_names_to_wrap = sorted(asked & present)
 
 
 def shard_apart(accelerator, model: nn.Module, objective: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
+from hf_distill.losses.balance import FORMS
 from hf_distill.losses.engines import ENGINES
 
 
@@ -120,6 +121,58 @@ class DistillSFTConfig(DistillArguments, SFTConfig):
 
 @dataclass
 class DistillDPOConfig(DistillArguments, DPOConfig):
-    """Settings of DistillDPOTrainer: preference distillation with the teacher as the reference."""
+    """Settings of DistillDPOTrainer: preference distillation with the teacher as the reference.
+
+    `loss_type` takes "kto_pair" (see `losses.preference_loss`) beside TRL's, and `label_smoothing` counts for "sigmoid"
+    too. TRL's `router_aux_loss_coef` is one value over both halves of a batch; `aux_loss_coef` stands in its place.
+    """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    teacher_own_processor: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher reads the pairs through its own tokenizer or processor and chat template (another "
+            "family). Without effect where they are the student's."
+        },
+    )
+    aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a sparse student's balance loss, the sum of the chosen and the rejected half's "
+            "(LLaVA-MoD: 0.01). 0 leaves it out."
+        },
+    )
+    aux_loss_form: str = field(
+        default="gshard", metadata={"help": f"Form of the balance loss: one of {', '.join(FORMS)}. See balance_loss."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.aux_loss_coef < float("inf"):
+            raise ValueError(f"aux_loss_coef must be 0 or positive and finite, got {self.aux_loss_coef}")
+        if self.aux_loss_form not in FORMS:
+            raise ValueError(f"aux_loss_form must be one of {', '.join(FORMS)}, got {self.aux_loss_form!r}")
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                "router_aux_loss_coef is one value over chosen and rejected answers together: use aux_loss_coef, which "
+                "adds up both halves' own, and aux_loss_form"
+            )
+        self.router_aux_loss_coef = 0.0
+        if not self.own_losses:
+            return
+        given = {"ld_alpha": self.ld_alpha is not None, "use_weighting": self.use_weighting}
+        given["f_divergence_type"] = self.f_divergence_type != "reverse_kl"
+        if refused := [name for name, is_set in given.items() if is_set]:
+            raise ValueError(
+                f"{', '.join(self.own_losses)} goes without {', '.join(refused)}: leave that at its default"
+            )
+        if self.label_smoothing and "kto_pair" in self.loss_type:
+            raise ValueError("kto_pair takes no label_smoothing: set it to 0, or use sigmoid")
+
+    @property
+    def own_losses(self) -> dict[str, float]:
+        """Weights of the losses that TRL does not have: "kto_pair", and "sigmoid" with label smoothing."""
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        own = ("kto_pair", "sigmoid") if self.label_smoothing else ("kto_pair",)
+        return {name: weight for name, weight in zip(self.loss_type, weights, strict=True) if name in own}

@@ -36,6 +36,15 @@ class EvaluatesExactly:
 
     _eval_totals: dict[str, tuple] | None = None
 
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        """A collator that augments has the one that evaluates as `clean`."""
+        collator = self.data_collator
+        self.data_collator = collator if is_training else getattr(collator, "clean", collator)
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         if self.objective is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

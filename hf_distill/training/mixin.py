@@ -28,12 +28,13 @@ from hf_distill.training.callbacks import DistillCallback, StepCallback
 from hf_distill.training.checks import check_launcher
 from hf_distill.training.evaluation import EvaluatesExactly, observable
 from hf_distill.training.parts import TrainsParts
+from hf_distill.training.publishing import PublishesStudent
 from hf_distill.training.saving import KEY, SavesObjective
 
 logger = logging.getLogger(__name__)
 
 
-class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
+class DistillMixin(EvaluatesExactly, SavesObjective, PublishesStudent, TrainsParts):
     """Stands before Trainer, SFTTrainer or DPOTrainer in a class's bases. Everything not said here is the parent's."""
 
     loss_is_scaled_for_ga = True  # it divides by the global count, in `_scaled`, for every trainer
@@ -88,6 +89,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
         compat.shard_apart(self.accelerator, self.model, objective)
         self.model.add_module(KEY, objective)
         self._objective = objective
+        self._check_inner()
         if not isinstance(self.data_collator, DataCollatorForDistillation) and has_row_labels(self.model):
             self.data_collator = DataCollatorForDistillation(
                 self.data_collator,
@@ -265,6 +267,7 @@ class DistillMixin(EvaluatesExactly, SavesObjective, TrainsParts):
                 break
         self._count_window(batches, device)
         self._window_sums = {}
+        self._before_optimizer_step(batches)
         return batches, None
 
     def _count_window(self, batches: list[dict], device: torch.device) -> None:

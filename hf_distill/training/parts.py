@@ -7,12 +7,13 @@ import torch
 from hf_distill.objectives import Objective
 from hf_distill.teachers import Teacher
 from hf_distill.training import compat
+from hf_distill.training.inner import InnerObjective, Run
 
 PEER = "distill_peer"  # on the objective
 
 
 class TrainsParts:
-    """Trainer hooks that hang a peer on the objective and give each part its learning rate."""
+    """Trainer hooks that hang a peer on the objective, give each part its learning rate, and step what steps itself."""
 
     def _hang_peer(self, objective: Objective, teacher: Teacher | None) -> None:
         """What of a teacher learns by gradients becomes a part of the objective: trained, synchronised and saved so."""
@@ -23,6 +24,36 @@ class TrainsParts:
         objective.add_module(PEER, peer)
         if "logits" not in objective.needs_of("teacher") and self.args.ddp_find_unused_parameters is None:
             compat.find_unused_parameters(self.accelerator)
+
+    def _inner_objectives(self) -> list[InnerObjective]:
+        leaves = [] if self.objective is None else [leaf for _, _, leaf in self.objective.leaves()]
+        return [leaf for leaf in leaves if isinstance(leaf, InnerObjective)]
+
+    def _check_inner(self) -> None:
+        names = ", ".join(type(leaf).__name__ for leaf in self._inner_objectives())
+        if names and compat.is_sharded(self.accelerator):
+            raise ValueError(
+                f"{names} runs the whole student outside its wrapper, which {self.accelerator.distributed_type.value} "
+                "keeps in shards: launch without sharding"
+            )
+
+    def _before_optimizer_step(self, batches: list[dict]) -> None:
+        """Parts with an optimizer of their own take their step, on the window that the student is about to learn."""
+        inner = self._inner_objectives() if batches else []
+        if not inner:
+            return
+        run = Run(
+            student=self.model,
+            teacher=self.teacher,
+            step=self.state.global_step,
+            progress=self.progress,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seed=self.args.seed,
+            accelerator=self.accelerator,
+        )
+        real = [batch for batch in batches if not batch.get("only_repeats")]
+        for objective in inner:
+            objective.before_step(real, run)
 
     def _check_peer_learns(self) -> None:
         """Before the first optimizer step. Raises ValueError where no term trains the peer."""

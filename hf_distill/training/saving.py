@@ -165,12 +165,13 @@ class SavesObjective:
             generation = getattr(base_model_of(self.model), "generation_config", None)
             if self.args.should_save and generation is not None:  # PEFT leaves it out
                 generation.save_pretrained(output_dir)
-            if self._in_checkpoint and self.args.should_save and self.objective is not None:
+            if self._in_checkpoint and self.args.should_save:
                 save_file(self._resume_tensors(own), os.path.join(output_dir, FILE))
 
     def _resume_tensors(self, parameters: dict) -> dict[str, torch.Tensor]:
         tensors = {f"parameter.{k}": v for k, v in parameters.items()}
-        tensors |= {f"state.{k}": v for k, v in self.objective.state_tensors().items()}
+        if self.objective is not None:
+            tensors |= {f"state.{k}": v for k, v in self.objective.state_tensors().items()}
         if self.teacher is not None:
             tensors |= {f"teacher.{k}": v for k, v in self.teacher.state_tensors().items()}
         if self._log_sums is not None:
@@ -178,13 +179,13 @@ class SavesObjective:
         tensors["log_steps"] = torch.tensor([self._log_steps, self._globalstep_last_logged])
         tensors["tokens"] = self._tokens
         tensors["tr_loss"] = self._tr_loss_of_ranks
+        tensors |= {f"running.{k}": v for k, v in self._running_tensors().items()}
         return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
     def _save_checkpoint(self, model, trial) -> None:
         self._check_finite()
         self._wrote_checkpoints = True
-        if self.objective is not None:
-            self._tr_loss_of_ranks = self.accelerator.gather(self._tr_loss.detach().float().reshape(1))
+        self._tr_loss_of_ranks = self.accelerator.gather(self._tr_loss.detach().float().reshape(1))
         self._in_checkpoint = True
         try:
             with _named_disk_errors(self.args.output_dir):
@@ -270,24 +271,24 @@ class SavesObjective:
         return chosen
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.objective is None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if compat.is_sharded(self.accelerator):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            with self._clean_student():
+            with self._clean_student(), self._names_of(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed = self._load_objective(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.objective is None:
-            return super()._load_best_model()
         if compat.is_sharded(self.accelerator):
             super()._load_best_model()
         else:
-            with self._clean_student():
+            with self._clean_student(), self._names_of(self.state.best_model_checkpoint):
                 super()._load_best_model()
         self._load_objective(self.state.best_model_checkpoint)
+
+    def _names_of(self, folder: str):
+        model = self.accelerator.unwrap_model(self.model)
+        return contextlib.nullcontext() if hasattr(model, "get_base_model") else compat.own_names(model, folder)
 
     def _load_objective(self, folder: str) -> dict[str, torch.Tensor]:
         """Parameters and state of the objective from a checkpoint; returns the trainer's own running values."""
@@ -295,6 +296,8 @@ class SavesObjective:
         if not os.path.isfile(path):
             raise ValueError(f"{folder} has no {FILE}: it was not written by a distillation trainer")
         tensors = load_file(path)
+        if self.objective is None:
+            return tensors
         if not compat.is_sharded(self.accelerator):
             own, saved = self.objective.state_dict(), _under(tensors, "parameter.")
             if own.keys() != saved.keys() or any(own[k].shape != saved[k].shape for k in own):
@@ -308,6 +311,13 @@ class SavesObjective:
             self.teacher.load_state_tensors(_under(tensors, "teacher."))
         return tensors
 
+    def _running_tensors(self) -> dict[str, torch.Tensor]:
+        """What else a trainer sums between two logs, the same on every rank."""
+        return {}
+
+    def _restore_running_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `_running_tensors` gave."""
+
     def _restore_running_values(self) -> None:
         """At the start of training, after the trainer zeroed its own: what was summed but not logged at the save."""
         if self._resumed is None:
@@ -317,6 +327,7 @@ class SavesObjective:
         self._resumed_sums = {k: v.to(device) for k, v in _under(tensors, "log_sum.").items()}
         self._log_steps, self._globalstep_last_logged = tensors["log_steps"].tolist()
         self._tokens = tensors["tokens"].to(device)
+        self._restore_running_tensors(_under(tensors, "running."))
         losses = tensors["tr_loss"]
         same_ranks = len(losses) == self.accelerator.num_processes
         loss = losses[self.accelerator.process_index] if same_ranks else losses.mean()

@@ -172,7 +172,7 @@ def test_a_new_model_from_a_routed_config_holds_garbage():
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["qwen2", "llava_qwen2", "llama_all", "llama", "gemma3", "vit"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_experts_cannot_grow_apart(name):
     """Copies give the router no gradient at first; what each expert meets differs, so experts do not stay copies."""
     sparse = sparse_model(name)
@@ -197,7 +197,7 @@ def test_a_router_of_zeros_uses_all_experts():
         sparse_model("llama", router_std=0.0)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llava_qwen2", "llama", "gemma"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_vl", "llava_qwen2", "llava_llama", "llama", "gemma"])
 def test_an_adapter_on_experts_and_routers_is_lost(name, tmp_path):
     torch.manual_seed(0)
     base = sparse_model(name)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import ModelOutput
 
 from hf_distill import DistillSFTTrainer, DistillTrainer, LogitKD
@@ -84,7 +85,17 @@ def test_logits_of_one_forward_outlive_it():
     assert getattr(model(**inputs), "router_logits", None) is None
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llava_qwen2", "llama", "vit"])
+def test_an_output_with_router_logits_stops_ddp():
+    """DDP takes outputs apart and makes them again, class by class."""
+    model = sparse_model("llava_qwen2")
+    attach_router_outputs(model)
+    output = model(**inputs_of("llava_qwen2"), output_router_logits=True)
+    assert len(output.router_logits) == 2
+    leaves, tree = tree_flatten(output)
+    assert torch.equal(tree_unflatten(leaves, tree).logits, output.logits)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl", "llava_qwen2", "llama", "vit"])
 def test_checkpointing_or_an_adapter_changes_the_balance_gradient(name):
     plain = sparse_model(name).train()
     attach_router_outputs(plain)
