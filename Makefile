@@ -1,16 +1,18 @@
-# make demo | test | lint | bench | bench-smoke | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
+# make demo | test | lint | bench | bench-smoke | mutants | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-smoke clean
+.PHONY: demo test lint bench bench-smoke mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_distill.demo
 
+# two processes, a test file in one of them; one process: make test WORKERS=0
+WORKERS ?= 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,6 +35,11 @@ bench: $(INSTALLED)
 
 bench-smoke: $(INSTALLED)
 	$(BIN)/python -m benchmarks.smoke
+
+# make mutants MODULE=hf_distill/losses/divergences.py: how many small faults its tests catch
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
+	$(BIN)/python -m benchmarks.mutants $(MODULE)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from hf_distill.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 from hf_distill.tiny import made_up_rows, tiny_arguments, tiny_models
 from hf_distill.training import compat
 from hf_distill.training.config import DistillSFTConfig
+from hf_distill.training.report import ReportCallback
 from hf_distill.training.saving import check_no_other_run
 from hf_distill.training.trainers import teacher_from
 
@@ -242,6 +243,7 @@ def run(setup: Setup, trainer, args, dataset_name: str | None = None, *, table=N
     if trainer.is_world_process_zero():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("hf_distill").setLevel(logging.INFO)
+    trainer.add_callback(ReportCallback(trainer))
     before = trainer.evaluate() if setup.eval is not None and not args.resume_from_checkpoint else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if setup.eval is not None else {}

@@ -20,6 +20,7 @@ from hf_distill.teachers.local_text import LocalTextTeacher
 from hf_distill.tiny_vlm import made_up_pairs, made_up_pictures, tiny_vlms
 from hf_distill.training import compat
 from hf_distill.training.config import DistillSFTConfig
+from hf_distill.training.report import ReportCallback
 from hf_distill.training.saving import check_no_other_run, complete_checkpoints
 from hf_distill.training.trainers import teacher_from
 
@@ -239,6 +240,7 @@ def last_stage_arguments(args: DistillSFTConfig, config, stage: str) -> DistillS
 def run_last_stage(trainer, args, dataset_name: str | None) -> PreTrainedModel:
     """Train, save the student with its card, push if asked; the student, in eval mode."""
     resume = bool(args.resume_from_checkpoint and complete_checkpoints(args.output_dir)[0])
+    trainer.add_callback(ReportCallback(trainer))
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=dataset_name)

@@ -11,6 +11,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import gc  # noqa: E402
+import logging  # noqa: E402
 import random  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -23,6 +24,23 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """What runs quietly in this process leaves no logger quiet for the next test."""
+    loggers = [logging.getLogger(name) for name in ("hf_distill", "trl", "accelerate", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+LONGEST = ("test_every_method", "test_recipe")  # files; they start first, or one process would wait for them at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 def pytest_collection_finish(session):

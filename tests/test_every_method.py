@@ -171,7 +171,7 @@ def card(**changes) -> MethodCard:
     return MethodCard(**settings | changes)
 
 
-@pytest.mark.parametrize("changes", [{"modality": "image"}, {"entry": "select"}])
+@pytest.mark.parametrize("changes", [{"modality": "audio"}, {"entry": "select"}])
 def test_a_card_without_a_set_up_is_skipped(changes):
     with pytest.raises(LookupError, match="no set-up to check 'taid'.*add one to hf_distill.testing.SETUPS"):
         check_methods([card(**changes)])

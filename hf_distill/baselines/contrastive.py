@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_distill.baselines.features import TapsFeatures
 from hf_distill.baselines.relations import LAST
+from hf_distill.curricula.draws import GOLDEN, mix
 from hf_distill.losses import crd_loss, crd_update
 from hf_distill.losses.precision import unit
 from hf_distill.signals import Signals, upcast
@@ -113,8 +114,8 @@ class CRD(TapsFeatures):
         sizes = self.state["sizes"]
         own = self.state["classes"][index]
         size, first = sizes[own, None], (sizes.cumsum(0) - sizes)[own, None]
-        key = _mix(_mix(self.state["step"] + self.seed * _GOLDEN) + index)
-        numbers = _mix(key[:, None] + _GOLDEN * torch.arange(self.negatives, device=index.device))
+        key = mix(mix(self.state["step"] + self.seed * GOLDEN) + index)
+        numbers = mix(key[:, None] + GOLDEN * torch.arange(self.negatives, device=index.device))
         place = (numbers & (2**63 - 1)) % (len(self.state["classes"]) - size)
         return self.state["by_class"][place + size * (place >= first)]
 
@@ -149,16 +150,6 @@ class CRD(TapsFeatures):
                 )
             self._rows_checked = True
         return index
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's scrambling of int64: a counter becomes a random number, on any device, without a generator."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * (factor - 2**64)
-    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_distill.teachers.cache.fingerprint import differences
-from hf_distill.teachers.generations import _drop_unfinished_line, _lines
+from hf_distill.teachers.generations import drop_unfinished_line, lines_of
 from hf_distill.teachers.text import TextTeacher
 
 COLUMN = "aspect_probs"
@@ -212,12 +212,12 @@ class _Answers:
 
     def read(self) -> None:
         for path in sorted(self.folder.glob("aspects-*.jsonl")):
-            self.known |= {line["id"]: line["probs"] for line in _lines(path)}
+            self.known |= {line["id"]: line["probs"] for line in lines_of(path)}
 
     def add(self, ids: list[str], answers: list[list[float]]) -> None:
         """On the disk before it returns."""
         with open(self._own, "a+b") as file:
-            _drop_unfinished_line(file)
+            drop_unfinished_line(file)
             for name, probs in zip(ids, answers, strict=True):
                 file.write((json.dumps({"id": name, "probs": probs}) + "\n").encode())
             file.flush()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
 
-from hf_distill.baselines.contrastive import _GOLDEN, _mix
+from hf_distill.curricula.draws import GOLDEN, mix
 
 SAMPLED = 4096  # values of a picture that its key is made of
 WIDTH_START, WIDTH_LIMIT = -1.5, 3.0
@@ -23,15 +23,15 @@ def picture_keys(pictures: Tensor, *numbers: int | Tensor) -> Tensor:
     """(B,) int64, decided by each picture's own values and by the numbers (seed, step…); equal pictures share one."""
     flat = pictures.detach().float().flatten(1)
     bits = flat[:, :: math.ceil(flat.shape[1] / SAMPLED)].contiguous().view(torch.int32).long()
-    key = _mix(bits + _GOLDEN * torch.arange(1, bits.shape[1] + 1, device=bits.device)).sum(1)
+    key = mix(bits + GOLDEN * torch.arange(1, bits.shape[1] + 1, device=bits.device)).sum(1)
     for number in numbers:
-        key = _mix(key + _GOLDEN * (torch.as_tensor(number, device=key.device) + 1))
+        key = mix(key + GOLDEN * (torch.as_tensor(number, device=key.device) + 1))
     return key
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """(B, count) float32 within (-1, 1), decided by the keys."""
-    numbers = _mix(keys[:, None] + _GOLDEN * torch.arange(1, count + 1, device=keys.device))
+    numbers = mix(keys[:, None] + GOLDEN * torch.arange(1, count + 1, device=keys.device))
     return ((numbers & (2**24 - 1)).float() + 0.5) / 2**23 - 1
 
 

@@ -33,7 +33,7 @@ from hf_distill.training.evaluation import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-FOLDER, DONE = "passes", "done"
+FOLDER, DONE = "_passes", "done"  # what starts with "_" stays off the Hub
 PROBES = 64
 
 Statistics = dict[str, Tensor]
@@ -49,7 +49,7 @@ def run_pass(
 ) -> Statistics:
     """Add up what `measure` says of the teacher's signals, over all of the trainer's training examples, each once.
 
-    The result is kept in `<output_dir>/passes/<name>-<key>.safetensors`; the key is that of the teacher's weights and
+    The result is kept in `<output_dir>/_passes/<name>-<key>.safetensors`; the key is that of the teacher's weights and
     of the data, of which 64 evenly spaced examples are compared, as the trainer collates them. Neither the student nor
     any random state changes. Examples that are augmented at random count as they are drawn: with a SeededAugmentation
     the result does not depend on processes and kills.

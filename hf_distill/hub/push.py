@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 HTTPError = HfHubHTTPError.__mro__[1]  # of the HTTP library beneath huggingface_hub, lost connections included
 
-# never on the Hub: what starts with "_", checkpoints, pickles, stand-ins of --tiny
-IGNORED = ("_*", "checkpoint-*", "training_args.bin", "tiny/*", "passes/*")
+# never on the Hub: folders (checkpoints, stages, caches), what starts with "_", pickles
+IGNORED = ("*/*", "_*", "training_args.bin")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 MEANING = {
     401: "the token is missing or wrong: run `hf auth login` or set HF_TOKEN",

@@ -12,7 +12,7 @@ from hf_distill.curricula.mimic import MimicRows
 from hf_distill.curricula.pictures import WholePictures, check_same_pictures, picture_format
 from hf_distill.heads import base_model_of
 from hf_distill.losses.mimic import common_size, marks_rows
-from hf_distill.methods.llava_mod import STAGES, LlavaModConfig, adaptor_objective, objective_for
+from hf_distill.methods.llava_mod import CARD, STAGES, LlavaModConfig, adaptor_objective, objective_for
 from hf_distill.students import routed_blocks, upcycle_to_moe
 from hf_distill.students.moe import plan_upcycle
 from hf_distill.teachers import PrivilegedTeacher, Teacher
@@ -71,6 +71,7 @@ def build_stage(
         teacher = teacher.teacher if own_inputs else teacher
         args = preference_arguments(args, config, balanced, own_inputs)
         trainer = DistillDPOTrainer(student, teacher=teacher, args=args, **shared)
+        trainer.paper = CARD
     elif stage == "adaptor":
         trainer = DistillSFTTrainer(student, objective=adaptor_objective(), args=args, **shared)
     else:

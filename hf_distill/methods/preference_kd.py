@@ -134,7 +134,7 @@ def build_trainer(
         given = (student, processing_class, teacher, config, args.seed, args.device)
         train_dataset = student_pairs(train_dataset, *given)
         eval_dataset = None if eval_dataset is None else student_pairs(eval_dataset, *given)
-    return DistillDPOTrainer(
+    trainer = DistillDPOTrainer(
         student,
         teacher=teacher,
         args=args,
@@ -143,6 +143,8 @@ def build_trainer(
         processing_class=processing_class,
         **more,
     )
+    trainer.paper = CARD
+    return trainer
 
 
 def distill(student, teacher, train_dataset, config, args, *, resume_from_checkpoint=None, **trainer_arguments):

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.baselines.contrastive import _GOLDEN, _mix, gather_rows
+from hf_distill.baselines.contrastive import gather_rows
 from hf_distill.baselines.features import TapsFeatures
+from hf_distill.curricula.draws import GOLDEN, mix
 from hf_distill.losses import kd_loss
 from hf_distill.losses.precision import exactly, unit
 from hf_distill.methods._card import MethodCard
@@ -193,8 +194,8 @@ def _local(student: Tensor, teacher: Tensor, direction: str, sharpness: float) -
 def draw_places(valid: Tensor, count: int, step: Tensor, seed: int, first_row: Tensor | int = 0) -> Tensor:
     """(B, min(count, N)) places of valid (B, N), those of valid tokens first, drawn by (seed, step, row, place)."""
     rows = torch.arange(len(valid), device=valid.device) + first_row
-    key = _mix(_mix(step + seed * _GOLDEN) + rows)
-    numbers = _mix(key[:, None] + _GOLDEN * torch.arange(valid.shape[1], device=valid.device)) >> 1
+    key = mix(mix(step + seed * GOLDEN) + rows)
+    numbers = mix(key[:, None] + GOLDEN * torch.arange(valid.shape[1], device=valid.device)) >> 1
     last = torch.iinfo(torch.int64).max
     return numbers.masked_fill(~valid, last).argsort(stable=True, dim=-1)[:, :count]
 
@@ -227,6 +228,10 @@ class TRG(TapsFeatures):
         self.special_ids = tuple(special_ids)
         self.state = {"step": torch.zeros((), dtype=torch.int64)}
         self._tau = c.trg_tau_max
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"logits"}
 
     def build(self, shapes: list[tuple]) -> None:
         if any(form_of(shape) == "pooled" for shape in shapes[0]):

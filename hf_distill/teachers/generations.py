@@ -72,7 +72,7 @@ class GenerationStore:
         self._own = self.folder / f"generations-{int(os.environ.get('RANK', 0)):05d}.jsonl"
         self._known: dict[str, Generation] = {}
         for path in sorted(self.folder.glob("generations-*.jsonl")):
-            for line in _lines(path):
+            for line in lines_of(path):
                 self._known.setdefault(line["key"], _generation(line))
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class GenerationStore:
     def add(self, answers: Iterable[tuple[str, Request, Generation]]) -> None:
         """Written to the disk before it returns."""
         with open(self._own, "a+b") as file:
-            _drop_unfinished_line(file)
+            drop_unfinished_line(file)
             for key, request, generation in answers:
                 self._known[key] = generation
                 line = {"key": key} | asdict(request) | asdict(generation) | {"log_probs": generation.log_probs}
@@ -112,7 +112,7 @@ class GenerationStore:
             )
 
 
-def _lines(path: Path) -> Iterator[dict]:
+def lines_of(path: Path) -> Iterator[dict]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -123,7 +123,7 @@ def _lines(path: Path) -> Iterator[dict]:
                 raise ValueError(f"{path}, line {number} is broken ({error}): delete that line") from error
 
 
-def _drop_unfinished_line(file) -> None:
+def drop_unfinished_line(file) -> None:
     """Cut the file after its last line end."""
     end = file.seek(0, os.SEEK_END)
     while end:

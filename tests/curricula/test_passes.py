@@ -54,7 +54,7 @@ def test_a_second_run_asks_the_teacher_again(tmp_path):
     second = run_pass(made(tmp_path), "means", again, needs=NEEDS)
     assert again.calls == 0
     torch.testing.assert_close(second, first, rtol=0, atol=0)
-    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "passes").iterdir()] == ["means"]
+    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "_passes").iterdir()] == ["means"]
 
 
 def test_a_killed_pass_repeats_finished_blocks(tmp_path):
@@ -62,18 +62,18 @@ def test_a_killed_pass_repeats_finished_blocks(tmp_path):
     dying = Counting(dies_at=4)
     with pytest.raises(KeyboardInterrupt):
         run_pass(run, "means", dying, needs=NEEDS, block_examples=3)
-    assert [p.name[-7:] for p in (tmp_path / "passes").iterdir()] == [".part-0"]
+    assert [p.name[-7:] for p in (tmp_path / "_passes").iterdir()] == [".part-0"]
     rest = Counting()
     sums = run_pass(made(tmp_path), "means", rest, needs=NEEDS, block_examples=3)
     assert dying.seen == 9 and rest.seen == 2
     torch.testing.assert_close(sums, by_loop(run), rtol=1e-6, atol=1e-6)
-    assert [p.suffix for p in (tmp_path / "passes").iterdir()] == [".safetensors"]
+    assert [p.suffix for p in (tmp_path / "_passes").iterdir()] == [".safetensors"]
 
 
 def test_a_damaged_file_is_believed(tmp_path):
     run = made(tmp_path)
     sums = run_pass(run, "means", class_sums, needs=NEEDS)
-    (path,) = (tmp_path / "passes").iterdir()
+    (path,) = (tmp_path / "_passes").iterdir()
     path.write_bytes(path.read_bytes()[:40])
     again = Counting()
     torch.testing.assert_close(run_pass(run, "means", again, needs=NEEDS), sums, rtol=0, atol=0)
@@ -105,7 +105,7 @@ def test_another_teacher_or_other_data_find_the_same_file(tmp_path, change):
     run_pass(run, "logits", logit_sum, needs=logits)
     CHANGES[change](run)
     run_pass(run, "logits", logit_sum, needs=logits)
-    assert len(list((tmp_path / "passes").iterdir())) == 2
+    assert len(list((tmp_path / "_passes").iterdir())) == 2
 
 
 def _mixed(logits):
@@ -118,7 +118,7 @@ def test_two_orders_of_classes_find_the_same_file(tmp_path):
     for order in ([2, 0, 1], [1, 2, 0]):
         run.teacher = RelabelledTeacher(inner, order, ["a", "b", "c"])
         run_pass(run, "logits", lambda signals: {"sum": signals.logits.sum(0)}, needs=frozenset({"logits"}))
-    assert len(list((tmp_path / "passes").iterdir())) == 2
+    assert len(list((tmp_path / "_passes").iterdir())) == 2
 
 
 def test_one_teacher_inside_an_ensemble_can_change_unseen(tmp_path):
@@ -131,7 +131,7 @@ def test_one_teacher_inside_an_ensemble_can_change_unseen(tmp_path):
             {"a": FrozenTeacher(vit(12, 3, seed=7)), "b": FrozenTeacher(vit(12, 3, seed=seed))}
         )
         run_pass(run, "logits", logit_sum, needs=frozenset({"logits"}))
-    assert len(list((tmp_path / "passes").iterdir())) == 2
+    assert len(list((tmp_path / "_passes").iterdir())) == 2
 
 
 def test_a_pass_moves_random_states_modes_or_weights(tmp_path):
@@ -161,7 +161,7 @@ def test_two_ranks_add_up_otherwise_than_one(tmp_path):
     resumed = run_pass(made(tmp_path / "killed", n=14), "means", rest, needs=NEEDS, block_examples=3)
     assert rest.seen == 8
     torch.testing.assert_close(resumed, reference, rtol=1e-12, atol=1e-12)
-    assert len(list((tmp_path / "killed" / "passes").iterdir())) == 1
+    assert len(list((tmp_path / "killed" / "_passes").iterdir())) == 1
 
 
 class TestRefusals:

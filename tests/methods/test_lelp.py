@@ -254,7 +254,7 @@ def test_the_directions_are_not_those_of_the_data(tmp_path):
     handle.remove()
     fit = lelp_fit(seen[0], torch.tensor(rows["labels"]), teacher.classifier.weight, 2)
     torch.testing.assert_close(run.objective.state["directions"], fit.directions.float(), rtol=1e-3, atol=1e-4)
-    assert list((tmp_path / "passes").glob("lelp-*.safetensors"))
+    assert list((tmp_path / "_passes").glob("lelp-*.safetensors"))
 
 
 def test_data_without_labels_do_not_take_the_teachers_classes(tmp_path):

@@ -287,7 +287,7 @@ class TestProjector:
 
 def test_a_second_trainer_asks_the_teacher_again(tmp_path, monkeypatch):
     first = nd_of(made(tmp_path)).state["class_means"]
-    assert [p.name.startswith("class_means_3-") for p in (tmp_path / "passes").iterdir()] == [True]
+    assert [p.name.startswith("class_means_3-") for p in (tmp_path / "_passes").iterdir()] == [True]
     monkeypatch.setattr("hf_distill.methods.nd_loss.class_sums", lambda *_: pytest.fail("measured again"))
     assert torch.equal(nd_of(made(tmp_path)).state["class_means"], first)
 
