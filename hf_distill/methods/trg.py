@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def trg_adjacency(tokens: Tensor, k: int = 20, sigma: float = 1.0, normalize_tok
 
     Column j has min(k, M - 1) entries; row i may have none. The choice of neighbours has no gradient, the distances do.
     """
-    return _graph(tokens, k, sigma, normalize_tokens)[0]
+    return _edges(tokens, k, sigma, normalize_tokens).dense()
 
 
 @exactly
@@ -129,7 +130,7 @@ def trg_local_loss(
         ValueError: other numbers of tokens; an unknown direction.
     """
     _check_pairs(student_tokens, teacher_tokens)
-    graphs = (_graph(x, k, sigma, normalize_tokens)[0] for x in (student_tokens, teacher_tokens.detach()))
+    graphs = (_edges(x, k, sigma, normalize_tokens) for x in (student_tokens, teacher_tokens.detach()))
     return _local(*graphs, direction, sharpness)
 
 
@@ -170,25 +171,50 @@ def _context(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
-def _graph(tokens: Tensor, k: int, sigma: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The graph, and which pairs are neighbours."""
+class _Edges(NamedTuple):
+    """A graph's entries other than 0: token j counts its `nearest[j]` (k,) as neighbours, A[nearest[j], j] = near[j].
+
+    A graph of M tokens has k · M of them: whoever needs all M² entries pays for them, in time and in memory.
+    """
+
+    nearest: Tensor
+    near: Tensor
+
+    def dense(self) -> Tensor:
+        """A (M, M)."""
+        return self.near.new_zeros(len(self.near), len(self.near)).scatter(0, self.nearest.T, self.near.T)
+
+    def log_sums(self, sharpness: float) -> Tensor:
+        """(M,) log of the mean of exp(sharpness · A_ij) over j; what is no neighbour adds exp(0)."""
+        sums = self.near.new_zeros(len(self.near))
+        sums = sums.index_add(0, self.nearest.flatten(), (sharpness * self.near).expm1().flatten())
+        return (sums / len(self.near)).log1p()
+
+    def of(self, other: _Edges) -> Tensor:
+        """(M, k) its entries where the other has neighbours; 0 for those that it has not."""
+        return self.dense()[other.nearest, torch.arange(len(self.near), device=self.near.device)[:, None]]
+
+
+def _edges(tokens: Tensor, k: int, sigma: float, normalize: bool) -> _Edges:
     tokens = unit(tokens) if normalize else tokens - tokens.detach().mean(0)  # a shift, for the digits
-    square = tokens.square().sum(-1)
-    distance = (square[:, None] + square - 2 * tokens @ tokens.T).clamp(min=0)
     with torch.no_grad():
-        apart = distance.clone().fill_diagonal_(torch.inf)
-        nearest = apart.topk(min(k, len(tokens) - 1), dim=0, largest=False).indices
-        neighbour = torch.zeros_like(distance, dtype=torch.bool).scatter_(0, nearest, True)
-    return torch.where(neighbour, (-distance / (2 * sigma)).exp(), 0.0), neighbour
+        square = tokens.square().sum(-1)
+        distance = (square[:, None] + square - 2 * tokens @ tokens.T).fill_diagonal_(torch.inf)
+        nearest = distance.topk(min(k, len(tokens) - 1), largest=False).indices
+    distance = (tokens[:, None] - tokens[nearest]).square().sum(-1)
+    return _Edges(nearest, (-distance / (2 * sigma)).exp())
 
 
-def _local(student: Tensor, teacher: Tensor, direction: str, sharpness: float) -> Tensor:
+def _local(student: _Edges, teacher: _Edges, direction: str, sharpness: float) -> Tensor:
+    """Σ_j p_ij (log p_ij - log q_ij), where the log-ratio is log Z_q - log Z_p + sharpness · (A^p - A^q)_ij."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be {' or '.join(DIRECTIONS)}, got {direction!r}")
-    log_q, log_p = ((sharpness * graph).log_softmax(-1) for graph in (student, teacher))
-    if direction == "student_teacher":
-        log_p, log_q = log_q, log_p
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    p, q = (teacher, student) if direction == "teacher_student" else (student, teacher)
+    log_zp, log_zq, count = p.log_sums(sharpness), q.log_sums(sharpness), len(p.near)
+    mass_p = (sharpness * p.near - log_zp[p.nearest]).exp() / count
+    mass_q = (sharpness * p.of(q) - log_zp[q.nearest]).exp() / count  # what p gives to q's neighbours
+    difference = (mass_p * p.near).sum() - (mass_q * q.near).sum()
+    return (log_zq - log_zp).mean() + sharpness * difference / count
 
 
 def draw_places(valid: Tensor, count: int, step: Tensor, seed: int, first_row: Tensor | int = 0) -> Tensor:
@@ -310,8 +336,9 @@ class TRG(TapsFeatures):
 def _relations(ours: Tensor, theirs: Tensor, projected: Tensor, config: TRGConfig, tau: float) -> dict[str, Tensor]:
     """The terms on drawn tokens (M, D), and the mean share of neighbours that both networks' tokens have."""
     settings = config.trg_k, config.trg_sigma, config.trg_normalize_tokens
-    (student, near), (teacher, theirs_near) = (_graph(x, *settings) for x in (ours, theirs.detach()))
-    common = (near & theirs_near).sum() / theirs_near.sum().clamp(min=1)
+    student, teacher = (_edges(x, *settings) for x in (ours, theirs.detach()))
+    known = torch.zeros(len(ours), len(ours), dtype=torch.bool, device=ours.device).scatter_(0, teacher.nearest.T, True)
+    common = known.gather(0, student.nearest.T).sum() / max(student.nearest.numel(), 1)
     local = _local(student, teacher, config.trg_local_direction, config.trg_local_sharpness)
     return {"trg_local": local, "trg_global": trg_global_loss(projected, theirs, tau), "trg_knn_overlap": common}
 
