@@ -29,30 +29,44 @@ class ReportCallback(TrainerCallback):
 
     def __init__(self, trainer=None):
         self.trainer = trainer
+        self._before: list[dict] = []  # logged before training, when a folder may still hold another run's log
+        self._began = self._ended = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
         os.makedirs(args.output_dir, exist_ok=True)
         path = os.path.join(args.output_dir, LOG)
-        if state.global_step == 0:
-            entries = state.log_history  # an evaluation before training
-        else:
-            entries = [e for e in _entries(path) if e.get("step", 0) <= state.global_step]
+        old = [e for e in _entries(path) if e.get("step", 0) <= state.global_step] if state.global_step else []
+        entries, self._before = old + self._before, []
         with open(path + ".part", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
         os.replace(path + ".part", path)
+        self._began, self._ended = True, False
         self._write_facts(args, state, model, finished=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and os.path.isdir(args.output_dir) and logs is not None:
-            with open(os.path.join(args.output_dir, LOG), "a", encoding="utf-8") as file:
-                file.write(json.dumps({**_numbers(logs), "step": state.global_step}) + "\n")
+        if not state.is_world_process_zero or logs is None:
+            return
+        entry = {**_numbers(logs), "step": state.global_step}
+        if not self._began:
+            self._before.append(entry)
+            return
+        with open(os.path.join(args.output_dir, LOG), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._ended and state.is_world_process_zero:  # the evaluation of what training left
+            self._report(args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
         self._write_facts(args, state, model, finished=True)
+        self._ended = True
+        self._report(args)
+
+    def _report(self, args) -> None:
         try:
             write_report(args.output_dir)
         except (ImportError, ValueError) as error:

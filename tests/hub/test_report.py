@@ -15,7 +15,7 @@ from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenize
 HOSTILE = "<script>alert('w1')</script> & w2"
 
 
-def run(folder, callbacks=(), resume=None, **settings):
+def build(folder, callbacks=(), **settings):
     tokenizer, teacher = tiny_tokenizer(), tiny_llama(32, 3, seed=1)
     settings = dict(max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2) | settings
     trainer = DistillSFTTrainer(
@@ -33,6 +33,11 @@ def run(folder, callbacks=(), resume=None, **settings):
         ],
     )
     trainer.add_callback(ReportCallback(trainer))
+    return trainer
+
+
+def run(folder, callbacks=(), resume=None, **settings):
+    trainer = build(folder, callbacks, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -119,3 +124,18 @@ def test_facts_hold_a_folder_or_token_of_this_machine(done):
     facts = json.loads((done / "run.json").read_text())
     assert str(done) not in json.dumps(facts["settings"]) and facts["finished"]
     assert facts["settings"]["max_steps"] == 6
+
+
+def test_evaluations_before_and_after_training_are_left_out(tmp_path):
+    trainer = run(tmp_path / "first", eval_strategy="no")  # also leaves a log of another run behind
+    assert trainer.state.global_step == 6
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / LOG).write_text((tmp_path / "first" / LOG).read_text())
+    trainer = build(tmp_path / "second", eval_strategy="no", save_strategy="no")
+    before = trainer.evaluate()["eval_teacher_kl"]
+    trainer.train()
+    after = trainer.evaluate()["eval_teacher_kl"]
+    found = [entry["eval_teacher_kl"] for entry in read_log(tmp_path / "second") if "eval_teacher_kl" in entry]
+    assert found == [before, after]
+    page = (tmp_path / "second" / PAGE).read_text(encoding="utf-8")
+    assert f"{before:.4g}" in page and f"{after:.4g}" in page
