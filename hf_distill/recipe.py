@@ -19,7 +19,7 @@ from hf_distill.tiny import made_up_rows, tiny_arguments, tiny_models
 from hf_distill.training import compat
 from hf_distill.training.config import DistillSFTConfig
 from hf_distill.training.report import ReportCallback
-from hf_distill.training.saving import check_no_other_run
+from hf_distill.training.saving import KEY, check_no_other_run
 from hf_distill.training.trainers import teacher_from
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -257,9 +257,14 @@ def run(setup: Setup, trainer, args, dataset_name: str | None = None, *, table=N
     return after
 
 
+def parameters_of(student: PreTrainedModel) -> int:
+    """Without what the objective has hung on it for training."""
+    return sum(p.numel() for name, p in student.named_parameters() if f"{KEY}." not in name)
+
+
 def language_table(setup: Setup, before: dict[str, float], after: dict[str, float]) -> str:
     """What held-out text says of the student before and after."""
-    ours, theirs = setup.student.num_parameters(), setup.teacher.describe().get("teacher_parameters")
+    ours, theirs = parameters_of(setup.student), setup.teacher.describe().get("teacher_parameters")
     lines = [f"student {ours:,} parameters" + (f", teacher {theirs:,} ({theirs / ours:.1f} times)" if theirs else "")]
     for key, label in MEASURES:
         if f"eval_{key}" in after:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -24,6 +25,7 @@ from hf_distill import recipe as language
 from hf_distill.baselines.base import Baseline
 from hf_distill.curricula.images import AUGMENTATIONS
 from hf_distill.evaluation import classification as measures
+from hf_distill.hub.report import write_report
 from hf_distill.recipe_data import labelled, splits
 from hf_distill.recipe_inputs import prepare_images, prepare_texts, task_of
 from hf_distill.teachers import RelabelledTeacher, Teacher
@@ -104,6 +106,7 @@ class ClassificationSetup(language.Setup):
     label_smoothing: float = 0.0
     class_weights: Tensor | None = None
     teacher_scores: dict[str, float] = field(default_factory=dict)
+    teacher_reliability: measures.Reliability | None = None
 
     @property
     def trainer_arguments(self) -> dict:
@@ -275,13 +278,37 @@ MEASURES = (
 def run(setup: ClassificationSetup, trainer, args, dataset_name: str | None = None) -> dict[str, float]:
     """Evaluate, train, evaluate, save, push if asked, and print what changed. Returns the last evaluation.
 
+    The output folder then also holds `classes.txt` (precision, recall and F1 of each class) and `reliability.png`.
+
     Raises:
         ValueError: --class_weights or --label_smoothing with an objective that has no label loss of `Baseline`.
     """
     weigh_labels(setup, trainer.objective)
     if setup.eval is not None and setup.teacher is not None and "logits" in setup.teacher.gives:
-        setup.teacher_scores = teacher_scores(trainer)
-    return language.run(setup, trainer, args, dataset_name, table=table)
+        setup.teacher_scores, setup.teacher_reliability = teacher_scores(trainer)
+    after = language.run(setup, trainer, args, dataset_name, table=table)
+    if setup.eval is not None:
+        write_details(setup, trainer)
+    return after
+
+
+def write_details(setup: ClassificationSetup, trainer) -> None:
+    """What one number hides: every class, and how far confidence can be trusted."""
+    held_out = trainer.predict(setup.eval)
+    if not trainer.is_world_process_zero():
+        return
+    logits, labels = torch.as_tensor(held_out.predictions), torch.as_tensor(held_out.label_ids)
+    names = setup.student.config.id2label
+    folder = Path(trainer.args.output_dir)
+    classes = measures.class_table(logits, labels, [str(names[i]) for i in sorted(names)])
+    (folder / "classes.txt").write_text(classes + "\n", encoding="utf-8")
+    rows = {"student": measures.reliability(logits, labels)}
+    rows |= {} if setup.teacher_reliability is None else {"teacher": setup.teacher_reliability}
+    try:
+        measures.reliability_picture(rows, str(folder / "reliability.png"), "held-out examples")
+        write_report(folder)  # with the picture
+    except ImportError:
+        logger.info("no pictures: matplotlib is not installed (pip install 'hf-distill[report]')")
 
 
 def weigh_labels(setup: ClassificationSetup, objective) -> None:
@@ -299,8 +326,8 @@ def weigh_labels(setup: ClassificationSetup, objective) -> None:
 
 
 @torch.no_grad()
-def teacher_scores(trainer) -> dict[str, float]:
-    """The teacher's own accuracy, macro-F1, cross-entropy and calibration error on the held-out examples."""
+def teacher_scores(trainer) -> tuple[dict[str, float], measures.Reliability]:
+    """The teacher's own accuracy, macro-F1, cross-entropy and calibration on the held-out examples."""
     logits, labels = [], []
     for batch in trainer.get_eval_dataloader():
         batch = trainer._prepare_inputs(batch)
@@ -310,12 +337,13 @@ def teacher_scores(trainer) -> dict[str, float]:
     logits, labels = torch.cat(logits), torch.cat(labels)
     functions = {"cross_entropy": measures.cross_entropy, "ece": measures.expected_calibration_error}
     functions |= {"accuracy": measures.accuracy, "macro_f1": measures.macro_f1}
-    return {name: function(logits, labels) for name, function in functions.items()}
+    scores = {name: function(logits, labels) for name, function in functions.items()}
+    return scores, measures.reliability(logits, labels)
 
 
 def table(setup: ClassificationSetup, before: dict[str, float], after: dict[str, float]) -> str:
     """What held-out examples say of the student before and after, and of its teacher."""
-    ours = setup.student.num_parameters()
+    ours = language.parameters_of(setup.student)
     theirs = None if setup.teacher is None else setup.teacher.describe().get("teacher_parameters")
     lines = [f"student {ours:,} parameters" + (f", teacher {theirs:,} ({theirs / ours:.1f} times)" if theirs else "")]
     lines.append(f"{'on held-out examples':30s} {'before':>9s}    {'after':>9s} {'teacher':>9s}")

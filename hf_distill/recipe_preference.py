@@ -120,7 +120,7 @@ def run(setup: Setup, trainer, args, dataset_name: str | None = None) -> dict[st
 
 def preference_table(setup: Setup, before: dict[str, float], after: dict[str, float]) -> str:
     """What held-out pairs say before and after; rewards are relative to the teacher."""
-    ours, theirs = setup.student.num_parameters(), setup.teacher.describe().get("teacher_parameters")
+    ours, theirs = language.parameters_of(setup.student), setup.teacher.describe().get("teacher_parameters")
     lines = [f"student {ours:,} parameters" + (f", teacher {theirs:,} ({theirs / ours:.1f} times)" if theirs else "")]
     for key, label in MEASURES:
         if f"eval_{key}" in after:

@@ -93,6 +93,11 @@ def test_a_recipe_without_flags_does_not_run_or_says_nothing(kind, tmp_path, cap
     teacher = float(next(line for line in said.splitlines() if line.startswith("accuracy")).split()[-1])
     assert teacher > 0.6, "the teacher on the spot has learnt its task"
     classifies(tmp_path / "out", kind)
+    classes = (tmp_path / "out" / "classes.txt").read_text().splitlines()[1:]
+    counted = sum(int(line.split()[-1]) for line in classes)
+    assert counted == {"image": 450, "text": 1026}[kind], "the table of classes leaves examples out"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>reliability</h2>" in page and page.count("data:image/png") == 2
 
 
 def test_a_teacher_with_classes_in_another_order_and_other_pixels_teaches_something_else(tmp_path, capsys):
@@ -295,7 +300,7 @@ def test_a_cached_teacher_meets_pictures_that_it_was_not_asked_about(tmp_path):
     setup, args, config = loaded(tmp_path, *argv)
     trainer = build_trainer(setup.student, setup.teacher, setup.train, config, args, **setup.trainer_arguments)
     trainer.train()
-    assert teacher_scores(trainer).keys() == {"accuracy", "macro_f1", "cross_entropy", "ece"}
+    assert teacher_scores(trainer)[0].keys() == {"accuracy", "macro_f1", "cross_entropy", "ece"}
     setup, args, config = loaded(tmp_path, *argv, "--seed", "7", "--save_strategy", "no", run="other")  # other draws
     trainer = build_trainer(setup.student, setup.teacher, setup.train, config, args, **setup.trainer_arguments)
     with pytest.raises(ValueError, match="an augmentation draws something else: seed it per example"):
