@@ -82,7 +82,8 @@ def section(result: dict, slug: str | None = None) -> str:
         f"Data: {facts['data']}. Teacher: {facts['teacher']}; test {_each(result['teacher'], measures)}. "
         f"Student: {facts['student']}, {result['student_parameters']:,} parameters. {seeds} paired seeds "
         f"(initialisation and order), {result['steps']} steps of {result['batch']}; learning rate one of "
-        f"{', '.join(f'{rate:g}' for rate in result['rates'])}, chosen on a quarter of the training split.",
+        f"{', '.join(f'{rate:g}' for rate in result['rates'])}, chosen on a quarter of the training split "
+        f"with {result.get('tune_share', 0.3):.0%} of the steps.",
         "",
         "| row | settings | learning rate | " + " | ".join(_words(m) for m in measures) + " | CPU s |",
         "|---" * (len(measures) + 4) + " |",
