@@ -87,6 +87,13 @@ def cache(flags: list[str]) -> None:
             print(cached.push_to_hub(args.hub_model_id or args.output_dir.rstrip("/").split("/")[-1]))
 
 
+def evaluate(flags: list[str]) -> None:
+    """Measure a student beside its teacher on held-out data; takes a recipe's flags."""
+    from hf_distill.recipe_evaluate import main
+
+    main(flags)
+
+
 def report(flags: list[str]) -> None:
     """Write report.html and report.png into a run's folder, finished or not."""
     parser = argparse.ArgumentParser(prog="hf-distill report", description=report.__doc__)
@@ -136,6 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser(
         "cache", help="keep what a teacher says of a dataset; takes a recipe's flags", add_help=False
     ).set_defaults(run=cache)
+    commands.add_parser(
+        "evaluate", help="measure a student beside its teacher; takes a recipe's flags", add_help=False
+    ).set_defaults(run=evaluate)
     commands.add_parser("report", help="draw what a run did", add_help=False).set_defaults(run=report)
     commands.add_parser("push", help="upload a run's student", add_help=False).set_defaults(run=push)
     options, flags = parser.parse_known_args(argv)

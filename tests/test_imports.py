@@ -17,6 +17,7 @@ LAYERS = (
     (
         "recipe",
         "recipe_data",
+        "recipe_evaluate",
         "recipe_preference",
         "recipe_classification",
         "recipe_embedded",

@@ -41,7 +41,7 @@ from hf_distill.losses.functional import (
     tvd,
 )
 from hf_distill.losses.fused import observe, one_term, run_terms
-from hf_distill.losses.metrics import Agreement, StudentEntropy, TeacherEntropy
+from hf_distill.losses.metrics import Agreement, CalibrationBin, StudentEntropy, TeacherEntropy
 from hf_distill.losses.preference import preference_loss
 from hf_distill.losses.relations import cc_loss, rkd_loss, rkd_terms, sp_loss
 from hf_distill.losses.sparse import topk_divergence
@@ -54,6 +54,7 @@ __all__ = [
     "TVD",
     "AdaptiveKL",
     "Agreement",
+    "CalibrationBin",
     "AlphaBeta",
     "Divergence",
     "ForwardKL",

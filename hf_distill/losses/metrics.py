@@ -49,5 +49,32 @@ class TeacherEntropy(_Metric):
         return _entropy(tile.log_p(self.temperature), tile.p(self.temperature))
 
 
+@dataclass(frozen=True)
+class CalibrationBin(_Metric):
+    """Of rows whose most likely entry has a probability in (bin / bins, (bin + 1) / bins], else 0.
+
+    Sums over all rows of all bins make a reliability diagram, whatever the split into tiles, batches and ranks.
+
+    Attributes:
+        what: "count" (1), "confidence" (that probability), or "right" (1 where that entry is the label).
+    """
+
+    bin: int
+    what: str
+    bins: int = 15
+    full_vocabulary: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    def value(self, tile: Tile) -> Tensor:
+        place, values = tile.full.get(("calibration", self.bins), lambda: self._rows(tile.full))
+        return values[self.what] * (place == self.bin)
+
+    def _rows(self, tile: Tile) -> tuple[Tensor, dict[str, Tensor]]:
+        confidence, top = tile.q().max(-1)
+        place = ((confidence * self.bins).ceil().long().clamp(1, self.bins) - 1).where(tile.labels >= 0, -1)
+        right = (top == tile.labels).to(confidence)
+        return place, {"count": torch.ones_like(confidence), "confidence": confidence, "right": right}
+
+
 def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
     return -dot(p, log_p.clamp(min=torch.finfo(log_p.dtype).min))

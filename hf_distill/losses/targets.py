@@ -48,6 +48,7 @@ class LabelCrossEntropy:
     """
 
     full_vocabulary: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
 
     def _labels(self, tile: Tile) -> tuple[Tensor, Tensor]:
         if tile.labels is None:

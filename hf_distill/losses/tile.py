@@ -14,8 +14,8 @@ class Divergence(Protocol):
     """What one tile of rows yields. Engines, masks, reductions and types live elsewhere.
 
     Optional attributes: `temperature` (1.0 when absent), `full_vocabulary` (False: `out` covers the vocabulary both
-    models share; True: the student's whole one) and `sums_over_support` (False; True when the sum may be cut to a
-    sparse teacher's entries).
+    models share; True: the student's whole one, and no teacher is read), `reads_labels` (False) and `sums_over_support`
+    (False; True when the sum may be cut to a sparse teacher's entries).
     """
 
     def value(self, tile: Tile) -> Tensor:

@@ -35,6 +35,7 @@ class EvaluatesExactly:
     """Trainer hooks of evaluation and prediction; every term, and what the signals tell for free, beside the loss."""
 
     _eval_totals: dict[str, tuple] | None = None
+    eval_observed: dict = {}  # more values to measure beside the terms, in the same projection
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         """A collator that augments has the one that evaluates as `clean`."""
@@ -60,13 +61,14 @@ class EvaluatesExactly:
         return loss, logits.detach(), inputs.get("labels")
 
     def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
-        student, _, terms = self._signals(model, batch, observed=dict(_OBSERVED))
+        observed = _OBSERVED | self.eval_observed
+        student, _, terms = self._signals(model, batch, observed=observed)
         counts = self._counts(batch)
         for name, term in terms.items():
             total, count, _, _ = self._eval_totals.get(name, (0.0, 0, None, None))
             value = term.value.double() if term.value.device.type != "mps" else term.value
             n = counts[term.per]
-            self._eval_totals[name] = (total + value * n, count + n, term.weight, name in _OBSERVED)
+            self._eval_totals[name] = (total + value * n, count + n, term.weight, name in observed)
         loss = sum(term.value * term.weight for term in terms.values())
         return loss, student.logits if torch.is_tensor(student.logits) and student.rows is None else None
 
@@ -119,11 +121,11 @@ def observable(observed: dict, student, teacher) -> dict:
     if student.logits is None:
         return {}
     if teacher is None or teacher.logits is None:
-        observed = {k: v for k, v in observed.items() if k == "cross_entropy"}
+        observed = {k: v for k, v in observed.items() if getattr(v, "full_vocabulary", False)}
     elif isinstance(teacher.logits, (SparseLogits, SampledLogits)):
         kept = {k: v for k, v in observed.items() if k != "agreement"}
         observed = {k: v for k, v in kept.items() if same_temperature(v, teacher.logits)}
     labels = student.labels
     if labels is None or labels.is_floating_point() or labels.dim() != 1:
-        observed = {k: v for k, v in observed.items() if k != "cross_entropy"}
+        observed = {k: v for k, v in observed.items() if not getattr(v, "reads_labels", False)}
     return observed
