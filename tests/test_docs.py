@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import hf_distill
 from hf_distill.cli import main
@@ -98,3 +105,23 @@ def test_a_link_leads_nowhere(page):
             assert target[1:] in anchors, f"{page}: {target}"
         elif not target.startswith("http"):
             assert (DOCS / target.split("#")[0]).exists(), f"{page}: {target}"
+
+
+def test_a_snippet_about_sparse_students_does_not_run(world, capsys):
+    settings = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    SiglipVisionModel(SiglipVisionConfig(**settings, image_size=8, patch_size=4)).save_pretrained("siglip")
+    SiglipImageProcessorPil().save_pretrained("siglip")
+    variables: dict = {}
+    for language, line, text in blocks("vision_language.md"):
+        if language == "python":
+            text = on_stand_ins(text).replace("google/siglip-base-patch16-224", "siglip")
+            exec(compile("\n" * line + text, str(DOCS / "vision_language.md"), "exec"), variables)
+    count = variables["activated_parameters"](variables["sparse"])
+    assert count.activated < count.total and str(count.activated) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))])
+def test_a_page_names_a_recipe_or_configuration_that_is_not_there(page):
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    for name in re.findall(r"(?:recipes|benchmarks|examples)/[\w/.-]+\.(?:py|yaml)", text):
+        assert (DOCS.parent / name).is_file(), f"{page}: {name}"
