@@ -21,7 +21,7 @@ class MethodCard:
         arxiv: its id, "" where it has none.
         year: of first publication.
         kind: where the idea lies, one of KINDS.
-        modality: "text", "image", "vision-text"...
+        modality: "text", "image", "text-classification", "vision-language"; decides what `testing` checks it on.
         entry: the function that runs it.
         citation: BibTeX.
         couples_batch: why its loss depends on which examples meet in a batch; None when it does not.
