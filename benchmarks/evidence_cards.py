@@ -55,6 +55,8 @@ def write_classification(results: Path, cards: Path = CARDS) -> None:
         path = str(cards / f"evidence_{result['table']}.png")
         picture(_runs(result), result["teacher"], path, result["title"], {m: LABELS[m] for m in measures})
     for slug in METHODS:
+        if importlib.import_module(f"hf_distill.methods.{slug}").CARD.modality == "text":
+            continue  # its card is on language models
         sections = [section(r, slug) for r in found if any(r["rows"][n]["slug"] == slug for n in _runs(r))]
         if sections:
             path = cards / f"{slug}.md"
@@ -93,6 +95,8 @@ def section(result: dict, slug: str | None = None) -> str:
         seconds = statistics.mean(run.cpu_seconds for run in runs[name])
         settings = ", ".join(f"{k} {v}" for k, v in rows[name]["settings"].items()) or "defaults"
         lines.append(f"| {name} | {settings} | {runs[name][0].learning_rate:g} | {' | '.join(cells)} | {seconds:.0f} |")
+    if slug is not None:
+        lines += ["", "**In short.** " + " ".join(_in_short(runs, name, measures[0], seeds) for name in own)]
     lines += ["", "Mean paired difference ± standard error; a verdict needs 3 seeds and 2 standard errors.", ""]
     lines += [
         "| row | beside | " + " | ".join(f"{_words(m)} | verdict" for m in measures) + " |",
@@ -131,6 +135,21 @@ def _runs(result: dict) -> dict[str, list[Run]]:
 def _difference(runs: dict[str, list[Run]], row: str, baseline: str, measure: str) -> str:
     found = paired(runs, row, baseline, measure, higher_is_better=measure != "ece")
     return f"{found.mean:+.4f} ± {found.standard_error:.4f} | {found.verdict}"
+
+
+def _in_short(runs: dict[str, list[Run]], row: str, measure: str, seeds: int) -> str:
+    """In words, of the first measure: what a row beats, and what it does not."""
+    found = {b: paired(runs, row, b, measure, higher_is_better=measure != "ece") for b in (ALONE, KD)}
+    told = {
+        "beats": "beats {}",
+        "loses to": "**loses to** {}",
+        "not told apart": "**does not beat** {}, from which it is not told apart",
+    }
+    said = [
+        told[difference.verdict].format(b) + f" ({difference.mean:+.4f} ± {difference.standard_error:.4f})"
+        for b, difference in found.items()
+    ]
+    return f"In {_words(measure)} over {seeds} seeds, {row} {' and '.join(said)}."
 
 
 def _mean(values: list[float]) -> str:
