@@ -26,14 +26,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+LEVELS = {name: logging.getLogger(name).level for name in ("hf_distill", "trl", "accelerate", "transformers")}
+
+
 @pytest.fixture(autouse=True)
 def heard():
-    """What runs quietly in this process leaves no logger quiet for the next test."""
-    loggers = [logging.getLogger(name) for name in ("hf_distill", "trl", "accelerate", "transformers")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    """What ran quietly in this process, in a fixture of another file too, leaves no logger quiet."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 LONGEST = ("test_every_method", "test_recipe")  # files; they start first, or one process would wait for them at the end
