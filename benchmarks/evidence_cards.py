@@ -29,6 +29,12 @@ LABELS = {
     "centred accuracy": "accuracy on centred digits, higher",
 }
 PAGE = "classification"  # the page that holds every row of every table
+ONE_HOT = (
+    "**Why logits gain little here.** On images that it has learnt by heart the teacher's logits are nearly the "
+    "labels, and what a high temperature brings out of them is mostly noise. Hinton KD may choose its temperature (see "
+    "its settings); ND, TRG, DKD and BD-KD are judged with their papers' 4. What reads the teacher's features (FitNet, "
+    "ReviewKD, SP, RKD) is not touched by that: see [all rows](classification.md)."
+)
 BEGIN = """# Evidence: {title}
 
 {link}{doc}
@@ -97,6 +103,8 @@ def section(result: dict, slug: str | None = None) -> str:
         lines.append(f"| {name} | {settings} | {runs[name][0].learning_rate:g} | {' | '.join(cells)} | {seconds:.0f} |")
     if slug is not None:
         lines += ["", "**In short.** " + " ".join(_in_short(runs, name, measures[0], seeds) for name in own)]
+    if "one-hot" in facts["teacher"]:
+        lines += ["", ONE_HOT]
     lines += ["", "Mean paired difference ± standard error; a verdict needs 3 seeds and 2 standard errors.", ""]
     lines += [
         "| row | beside | " + " | ".join(f"{_words(m)} | verdict" for m in measures) + " |",
