@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-smoke | mutants | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
+# make demo | test | lint | bench | bench-smoke | evidence | data | mutants | clean; make PYTHON=python3.12 ... builds .venv with another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-smoke mutants clean
+.PHONY: demo test lint bench bench-smoke evidence data mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m hf_distill.demo
@@ -35,6 +35,15 @@ bench: $(INSTALLED)
 
 bench-smoke: $(INSTALLED)
 	$(BIN)/python -m benchmarks.smoke
+
+# make evidence METHOD=pld DATA=DIR: measure a method again and rewrite its card; DRY=1 only says what would run
+evidence: export OMP_NUM_THREADS = 1
+evidence: $(INSTALLED)
+	$(BIN)/python -m benchmarks.evidence $(METHOD) --data $(DATA) $(if $(DRY),--dry)
+
+# make data DATA=DIR: fetch the public sets that evidence is measured on, with checksums; SETS="sst2 trec" only these
+data: $(INSTALLED)
+	$(BIN)/python -m benchmarks.fetch_data $(DATA) $(if $(SETS),--sets $(SETS))
 
 # make mutants MODULE=hf_distill/losses/divergences.py: how many small faults its tests catch
 mutants: $(INSTALLED)

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cifar
 from benchmarks.bench_teacher import Steps
 from benchmarks.classification import Row, Table, Task, build
+from benchmarks.classification_rows import ALONE, CIFAR_ROWS, TABLES, TEXT, baseline
 from benchmarks.classification_tasks import image_dataset
-from benchmarks.evidence_vision import ALONE, CIFAR_ROWS, TABLES, TEXT, baseline
 from benchmarks.harness import Report, Variant, interleave, keep_memory, parser
 from benchmarks.toy import quiet
 from hf_distill import FrozenTeacher

@@ -112,6 +112,7 @@ class Row:
         prepare: changes the train set (columns, augmentation); called as prepare(train, task).
         make_teacher: (task, seed) -> another teacher.
         extra: (trainer, task) -> more measures, taken after training.
+        stretch: times the table's steps, for a control that is given as much time as slower rows take.
         note: what a reader must know.
     """
 
@@ -123,6 +124,7 @@ class Row:
     prepare: Callable | None = None
     make_teacher: Callable | None = None
     extra: Callable | None = None
+    stretch: float = 1.0
     note: str = ""
 
     @property
@@ -201,7 +203,7 @@ def _default(collator: Callable | None) -> Callable:
 
 def train_once(task: Task, table: Table, row: Row, changes: dict, rate: float, seed: int, *, tuning: bool) -> Run:
     """One student, trained and measured; on the validation part where settings are chosen, else on the tests."""
-    steps = max(round(table.steps * (table.tune_share if tuning else 1.0)), 1)
+    steps = max(round(table.steps * row.stretch * (table.tune_share if tuning else 1.0)), 1)
     out = tempfile.mkdtemp(prefix="evidence-")
     try:
         trainer = build(task, table, row, changes, rate, seed, task.tune if tuning else task.train, steps, out)

@@ -20,7 +20,7 @@ from hf_distill.methods import METHODS
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 START, END = "<!-- evidence -->", "<!-- end of evidence -->"
-ALONE, KD = "student alone", "Hinton KD"
+ALONE, KD, ALONE_TIME = "student alone", "Hinton KD", "student alone, equal time"
 LABELS = {
     "accuracy": "accuracy, higher",
     "macro_f1": "macro F1, higher",
@@ -82,8 +82,9 @@ def write_classification(results: Path, cards: Path = CARDS) -> None:
 def section(result: dict, slug: str | None = None) -> str:
     """One table: of a method's rows beside the student alone and Hinton KD; of all rows without a slug."""
     runs, rows = _runs(result), result["rows"]
-    own = [name for name in runs if name not in (ALONE, KD) and slug in (None, rows[name]["slug"])]
-    shown, measures = [ALONE, KD, *own], result["measures"]
+    beside = [name for name in (ALONE, KD, ALONE_TIME) if name in runs]
+    own = [name for name in runs if name not in beside and slug in (None, rows[name]["slug"])]
+    shown, measures = [*beside, *own], result["measures"]
     facts, seeds = result["facts"], len(runs[ALONE])
     lines = [
         f"### {result['title']}",
@@ -111,7 +112,7 @@ def section(result: dict, slug: str | None = None) -> str:
         "|---" * (2 + 2 * len(measures)) + " |",
     ]
     for name in own:
-        for baseline in (ALONE, KD):
+        for baseline in beside:
             cells = [_difference(runs, name, baseline, m) for m in measures]
             lines.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
     extra = sorted({m for name in own for run in runs[name] for m in run.test if m.startswith("alpha")})
@@ -122,6 +123,8 @@ def section(result: dict, slug: str | None = None) -> str:
     if notes:
         lines += ["", "Notes. " + ". ".join(notes) + "."]
     lines += ["", f"![{result['title']}](evidence_{result['table']}.png)", "", _made(result)]
+    if slug is not None:
+        lines += ["", f"Again, this method alone: `make evidence METHOD={slug} DATA=DIR`."]
     return "\n".join(lines)
 
 

@@ -328,7 +328,7 @@ def gathered(name: str, runs: Path = RUNS, argv: list[str] | None = None) -> dic
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--set", choices=list(TASKS), default="digits")
-    parser.add_argument("--data", help="folder of nlvr's images.npz and statements.jsonl")
+    parser.add_argument("--data", help="folder of nlvr's images.npz and statements.jsonl, or of the set's folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cards", action="store_true", help="only rewrite the card from the results")
     options = parser.parse_args(argv)
@@ -336,6 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if options.cards:
         return write_cards()
+    if options.data and Path(options.data, "nlvr").is_dir():
+        options.data = str(Path(options.data, "nlvr"))
     if options.set == "nlvr" and not (options.data and Path(options.data, "images.npz").is_file()):
         print(f"skipped: nlvr needs --data with images.npz and statements.jsonl, got {options.data!r}")
         return None

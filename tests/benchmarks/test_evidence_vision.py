@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import cifar, evidence_cards, evidence_vision
 from benchmarks.classification import Records, Remembered, Table, Task
+from benchmarks.classification_rows import ALONE, CIFAR_ROWS, KD
 from benchmarks.classification_tasks import ASPECTS, image_dataset, with_aspects
-from benchmarks.evidence_vision import ALONE, KD, Study
+from benchmarks.evidence_vision import Study
 from hf_distill import FrozenTeacher
 from hf_distill.taps import tap
 
@@ -35,7 +36,7 @@ def tiny_task(data=None, work=None) -> Task:
     )
 
 
-ROWS = {name: evidence_vision.CIFAR_ROWS[name] for name in (ALONE, KD, "DKD", "CRD", "PLD")}
+ROWS = {name: CIFAR_ROWS[name] for name in (ALONE, KD, "DKD", "CRD", "PLD")}
 TABLE = Table("Noise", tiny_task, ROWS, steps=3, rates=(1e-3, 1e-2), batch=10)
 
 
