@@ -244,6 +244,7 @@ def run(setup: Setup, trainer, args, dataset_name: str | None = None, *, table=N
         logging.basicConfig(format="%(message)s")
         logging.getLogger("hf_distill").setLevel(logging.INFO)
     trainer.add_callback(ReportCallback(trainer))
+    trainer.card_facts = {"dataset_name": dataset_name}
     before = trainer.evaluate() if setup.eval is not None and not args.resume_from_checkpoint else {}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate() if setup.eval is not None else {}

@@ -241,6 +241,7 @@ def run_last_stage(trainer, args, dataset_name: str | None) -> PreTrainedModel:
     """Train, save the student with its card, push if asked; the student, in eval mode."""
     resume = bool(args.resume_from_checkpoint and complete_checkpoints(args.output_dir)[0])
     trainer.add_callback(ReportCallback(trainer))
+    trainer.card_facts = {"dataset_name": dataset_name}
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=dataset_name)

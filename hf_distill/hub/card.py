@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_distill import __version__
@@ -31,13 +32,27 @@ LOADED = {
     "ForImageClassification": ("image-classification", '"picture.png"'),
     "ForConditionalGeneration": ("image-text-to-text", 'images="picture.png", text="..."'),
 }
+CARD = "README.md"
+MARK = "<!-- Written anew at every save by hf_distill; take this line off to keep your own text. -->"
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
 
 
-def write_model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-    """Write README.md into the trainer's output folder (world process zero only).
+def is_ours(folder: str) -> bool:
+    """Whether a folder's README.md may be written anew: there is none, or it is a card that still has its mark."""
+    path = os.path.join(folder, CARD)
+    if not os.path.exists(path):
+        return True
+    with open(path, encoding="utf-8") as file:
+        return MARK in file.read()
+
+
+def write_model_card(
+    trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None, folder: str | None = None
+) -> None:
+    """Write README.md of a student (world process zero only).
 
     Args:
+        folder: default: the trainer's output folder.
         model_name: default: the output folder's name.
         dataset_name: the data's Hub id or path; a path of this machine is left out of the card's metadata.
         tags: more tags.
@@ -49,9 +64,10 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
     name = model_name or os.path.basename(os.path.normpath(trainer.args.output_dir))
     results = _results(trainer.state.log_history)
     task, example = loaded_by(model)
+    adapter = hasattr(model, "peft_config") and not trainer.args.merge_adapter
     base = getattr(trainer.model.config, "_name_or_path", "") or None
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         base_model=base if _is_hub_id(base) else None,
         datasets=dataset_name if _is_hub_id(dataset_name) else None,
         pipeline_tag=task,
@@ -72,6 +88,7 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
         example=example,
         teacher=_without_local_path(described),
         objective=terms_of(trainer),
+        found=findings_of(trainer),
         papers=papers,
         dataset_name=None if dataset_name is None else os.path.basename(dataset_name),
         results=[(label, value) for _, label, value in results],
@@ -81,10 +98,32 @@ def write_model_card(trainer, model_name: str | None = None, dataset_name: str |
         * trainer.args.gradient_accumulation_steps
         * trainer.args.world_size,
         seed=trainer.args.seed,
+        max_length=getattr(trainer.args, "max_length", None),
+        cost=_cost(trainer),
         versions={"hf_distill": __version__} | {name: _version(name) for name in PACKAGES},
+        mark=MARK,
     )
-    os.makedirs(trainer.args.output_dir, exist_ok=True)
-    card.save(os.path.join(trainer.args.output_dir, "README.md"))
+    folder = folder or trainer.args.output_dir
+    os.makedirs(folder, exist_ok=True)
+    card.save(os.path.join(folder, CARD))
+
+
+def _cost(trainer) -> dict[str, str]:
+    """What training took as far as it is known: time, tokens, machine, memory."""
+    history = trainer.state.log_history
+    found = {}
+    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
+    if seconds is not None:
+        found["time"] = f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    tokens = next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None)
+    if tokens is not None:
+        found["tokens read"] = f"{int(tokens):,}"
+    on_gpu = trainer.args.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else trainer.args.device.type.upper()
+    found["machine"] = f"{trainer.args.world_size} x {device}"
+    if on_gpu:
+        found["peak memory"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on one device"
+    return found
 
 
 def described_run(trainer, model) -> dict:
@@ -93,7 +132,7 @@ def described_run(trainer, model) -> dict:
     about = {"student": type(base_model_of(model)).__name__}
     about |= {"student_parameters": sum(p.numel() for p in model.parameters())} | _sparse(model)
     about |= {} if teacher is None else _without_local_path(teacher.describe())
-    about |= {"method": ", ".join(paper.title for paper in papers_of(trainer))}
+    about |= {"method": ", ".join(paper.title for paper in papers_of(trainer))} | findings_of(trainer)
     versions = {"hf_distill": __version__} | {name: _version(name) for name in PACKAGES}
     about = {key: value for key, value in about.items() if value not in (None, "")}
     return {"about": about, "terms": terms_of(trainer), "versions": versions}
@@ -105,6 +144,12 @@ def papers_of(trainer) -> list:
     found = [getattr(trainer, "paper", None)]
     found += [] if objective is None else [objective.paper, *(leaf.paper for _, _, leaf in objective.leaves())]
     return list({paper.slug: paper for paper in found if paper is not None}.values())
+
+
+def findings_of(trainer) -> dict[str, str]:
+    """What callbacks that `describe` themselves have found out about the run."""
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
+    return {k: v for c in callbacks if hasattr(c, "describe") for k, v in c.describe().items()}
 
 
 def terms_of(trainer) -> list[dict]:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_distill.heads import base_model_of
-from hf_distill.hub.card import write_model_card
+from hf_distill.hub.card import is_ours, write_model_card
 from hf_distill.training import compat
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class SavesObjective:
     """Trainer hooks that write and read checkpoints."""
 
     _in_checkpoint = False
+    card_facts: dict = {}  # keywords of create_model_card that the cards of every save are written with
 
     @contextlib.contextmanager
     def _clean_student(self):
@@ -160,8 +161,11 @@ class SavesObjective:
             for name in stale:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(output_dir, name))
+        ours = is_ours(output_dir)
         with self._clean_student(), self._merged_student(), _named_disk_errors(output_dir):
             super()._save(output_dir, state_dict=state_dict)
+            if ours:  # asked before: PEFT writes one of its own
+                write_model_card(self, folder=output_dir, **self.card_facts)
             generation = getattr(base_model_of(self.model), "generation_config", None)
             if self.args.should_save and generation is not None:  # PEFT leaves it out
                 generation.save_pretrained(output_dir)
@@ -219,9 +223,11 @@ class SavesObjective:
             )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
-        """Write our card; see `hub.card`."""
+        """Write the card of the output folder; what is named here stands in the cards of later saves, too."""
+        given = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+        self.card_facts = self.card_facts | {k: v for k, v in given.items() if v is not None}
         with self._clean_student():
-            write_model_card(self, model_name, dataset_name, tags)
+            write_model_card(self, **self.card_facts)
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
