@@ -7,14 +7,32 @@ import os
 from dataclasses import dataclass, field
 
 
-def methods(_: list[str]) -> None:
+def methods(flags: list[str]) -> None:
     """Print every method, those of installed packages included."""
+    parser = argparse.ArgumentParser(prog="hf-distill methods", description=methods.__doc__)
+    parser.add_argument("--markdown", action="store_true", help="as the table of docs/papers.md")
+    options = parser.parse_args(flags)
     from hf_distill.methods import cards
 
+    if options.markdown:
+        return print(paper_table(cards()))
     for card in cards():
         paper = f"arXiv {card.arxiv}" if card.arxiv else str(card.year)
         origin = "" if not card.module else f"  [{card.module.split('.')[0]}]"
         print(f"{card.slug:18s} {card.kind:10s} {card.modality:12s} {paper:18s} {card.title}{origin}")
+    return None
+
+
+def paper_table(found) -> str:
+    """An index of papers, by modality and year."""
+    lines = ["| method | paper | year | of | runs | depends on the batch |", "|---|---|---|---|---|---|"]
+    for card in sorted(found, key=lambda c: (c.modality, c.year, c.slug)):
+        paper = f"[{card.title}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.title
+        code, evidence = f"../hf_distill/methods/{card.slug}.py", f"../model_cards/{card.slug}.md"
+        links = f"[`{card.slug}`]({code}), [card]({evidence})"
+        coupled = "no" if card.couples_batch is None else card.couples_batch
+        lines.append(f"| {links} | {paper} | {card.year} | {card.modality}, {card.kind} | `{card.entry}` | {coupled} |")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -139,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hf-distill", description="Knowledge distillation for Hugging Face models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("methods", help="list the methods").set_defaults(run=methods)
+    commands.add_parser("methods", help="list the methods", add_help=False).set_defaults(run=methods)
     commands.add_parser(
         "cache", help="keep what a teacher says of a dataset; takes a recipe's flags", add_help=False
     ).set_defaults(run=cache)
@@ -149,8 +167,6 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("report", help="draw what a run did", add_help=False).set_defaults(run=report)
     commands.add_parser("push", help="upload a run's student", add_help=False).set_defaults(run=push)
     options, flags = parser.parse_known_args(argv)
-    if flags and options.command == "methods":
-        parser.error(f"unknown arguments: {' '.join(flags)}")
     options.run(flags)
 
 

@@ -1,7 +1,9 @@
 """The pages' snippets run, in their order, on tiny stand-ins for what they name; links lead somewhere."""
 
+import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from transformers import (
 )
 
 import hf_distill
-from hf_distill.cli import main
+from hf_distill.cli import main, paper_table
+from hf_distill.methods import cards
 from hf_distill.recipe import EMBEDDED
 from hf_distill.tiny import made_up_rows, tiny_model
 
@@ -125,3 +128,79 @@ def test_a_page_names_a_recipe_or_configuration_that_is_not_there(page):
     text = (DOCS.parent / page).read_text(encoding="utf-8")
     for name in re.findall(r"(?:recipes|benchmarks|examples)/[\w/.-]+\.(?:py|yaml)", text):
         assert (DOCS.parent / name).is_file(), f"{page}: {name}"
+
+
+PAGES = ["../README.md", "quickstart.md", "recipes_by_job.md", "memory.md", "classification.md", "vision_language.md"]
+RUN_ELSEWHERE = ("pip", "make", "python -m benchmarks", "python examples/")
+YAMLS = {f"recipes/configs/{path.name}" for path in (DOCS.parent / "recipes" / "configs").glob("*.yaml")}
+
+
+def commands(page: str) -> list[list[str]]:
+    """Words of each command of a page's bash blocks, comments left out."""
+    lines = [
+        line
+        for language, _, text in blocks(page)
+        if language == "bash"
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
+    return [words for line in lines if "..." not in line and (words := shlex.split(line, comments=True))]
+
+
+def is_tested_elsewhere(words: list[str]) -> bool:
+    """Every configuration, every recipe without flags, builds and examples have tests of their own."""
+    configured = [word for before, word in zip(words, words[1:], strict=False) if before == "--config"]
+    without_flags = words[-1] == "recipes/llava_mod.py"
+    return " ".join(words).startswith(RUN_ELSEWHERE) or without_flags or any(name in YAMLS for name in configured)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_command_of_a_page_does_not_run(page, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "hf_distill.hub.push.push_run",
+        lambda run, *a, **k: pushed.append(run) or type("Done", (), {"commit_url": "there"}),
+    )
+    for words in commands(page):
+        words = [word for word in words if "=" not in word or word.startswith("--")]  # settings of the environment
+        if is_tested_elsewhere(words):
+            continue
+        if words[0] == "hf-distill":
+            tiny = ["--tiny"] if words[1] in ("cache", "evaluate") else []
+            main([*words[1:], *tiny])
+            continue
+        script = next(word for word in words if word.endswith(".py"))
+        flags = words[words.index(script) + 1 :]
+        spec = importlib.util.spec_from_file_location("documented", DOCS.parent / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        shutil.rmtree("runs/student", ignore_errors=True)
+        given = [] if "--output_dir" in flags else ["--output_dir", "runs/student"]
+        module.main([*flags, *given, "--tiny"])
+    assert pushed == (["runs/student"] if page == "quickstart.md" else [])
+
+
+def test_a_build_target_of_a_page_is_not_there():
+    targets = set(re.findall(r"^([\w-]+):", (DOCS.parent / "Makefile").read_text(), re.MULTILINE))
+    asked = {words[1] for page in PAGES for words in commands(page) if words[0] == "make"}
+    assert asked and asked <= targets
+
+
+def test_the_index_of_papers_is_not_that_of_the_cards():
+    text = (DOCS / "papers.md").read_text(encoding="utf-8")
+    assert paper_table([card for card in cards() if not card.module]) in text
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "objectives.md", "callbacks.md"])
+def test_a_snippet_of_a_page_does_not_run(page, world):
+    for language, line, text in blocks(page):
+        if language == "python":
+            text = on_stand_ins(text)
+            exec(compile("\n" * line + text, str(DOCS / page), "exec"), world)
+
+
+def test_a_message_of_troubleshooting_is_not_ours():
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(hf_distill.__file__).parent.rglob("*.py")))
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    assert len(messages) > 15 and not [m for m in messages if m not in source]

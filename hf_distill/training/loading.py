@@ -49,6 +49,8 @@ def teacher_from(teacher, args, quantization_config=None, *, auto_class=None) ->
         ValueError: both are given and differ; no teacher where the path is wrong.
     """
     if args.teacher_adapter_off:
+        if isinstance(teacher, AdapterOffTeacher):  # already made, by a recipe
+            return teacher
         if teacher is not None or args.teacher_model_name_or_path is not None:
             raise ValueError("teacher_adapter_off takes the student's base as the teacher: give no other teacher")
         return AdapterOffTeacher(dense_logits=args.dense_logits)
