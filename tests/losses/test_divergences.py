@@ -256,6 +256,9 @@ def test_functions_reduce_over_counted_rows(function):
     torch.testing.assert_close(function(s, t, mask=mask), (each * mask).sum() / 4)
     torch.testing.assert_close(function(s, t, mask=mask.bool(), reduction="sum"), (each * mask).sum())
     torch.testing.assert_close(function(s, t, temperature=2.0), function(s / 2, t / 2))
+    torch.testing.assert_close(function(student_logits=s, teacher_logits=t), each.mean())
+    with pytest.raises(TypeError, match="positional"):
+        function(s, t, mask)  # a mask and a temperature are easily mistaken for each other
     function(s, t, mask=mask).backward()
     assert t.grad is None and (s.grad[:, 1] == 0).all() and s.grad.abs().sum() > 0
     s.grad = None

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -243,3 +245,50 @@ def test_of_draws_only_what_is_linear_in_the_teacher_is_taken():
     run_terms(torch.randn(2, 7), drawn, label, labels=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match="one shape"):
         SampledLogits(drawn.ids, drawn.weights[:1], drawn.log_probs)
+
+
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_pure_function_takes_another_temperature(support, temperature):
+    s, t = logits()
+    mask = torch.tensor([True, True, False, True, True])
+    found = topk_divergence(s, t, mask, 3, support=support, temperature=temperature)
+    total = 0.0
+    for row in mask.nonzero().flatten().tolist():
+        p, q = ((x[row] / temperature).softmax(-1) for x in (t, s))
+        ids = (t if support == "teacher" else s)[row].topk(3).indices
+        p, q = (torch.cat([x[ids], (1 - x[ids].sum())[None]]) for x in (p, q))
+        total += (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close(found, total / 4)
+
+
+def test_an_id_beyond_the_student_s_vocabulary_counts():
+    s, t = logits()
+    wide = torch.cat([t, torch.full((N, 1), 5.0, dtype=t.dtype)], -1)  # the teacher's own padding, likely on purpose
+    top = wide.log_softmax(-1).topk(4)
+    padded = SparseLogits(top.indices, top.values)
+    assert (top.indices == V).any(1).all()
+    known = [[i for i in row if i < V] for row in top.indices.tolist()]
+    value = observe(s, padded, {"kl": ForwardKL()})["kl"]
+    for row, ids in enumerate(known):
+        p, q = wide[row].softmax(-1)[ids], s[row].softmax(-1)[ids]
+        p, q = (torch.cat([x, (1 - x.sum())[None]]) for x in (p, q))
+        torch.testing.assert_close(value[row], (p * (p.log() - q.log())).sum())
+
+
+def test_agreement_with_a_sparse_teacher_is_not_that_of_its_best_entry():
+    s, t = logits()
+    teacher = sparse(t, 4)
+    shuffled = SparseLogits(teacher.ids[:, [2, 0, 3, 1]], teacher.log_probs[:, [2, 0, 3, 1]])
+    wanted = (s.argmax(-1) == t.argmax(-1)).to(s.dtype)
+    torch.testing.assert_close(observe(s, shuffled, {"a": Agreement()})["a"], wanted)
+
+
+def test_one_entry_renormalised_is_silent():
+    s, t = logits()
+    with pytest.warns(UserWarning, match="compares 1 with 1"):
+        one_term(s, sparse(t, 1, tail="renorm"), ForwardKL())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_term(s, sparse(t, 1, tail="bucket"), ForwardKL())
+        one_term(s, sparse(t, 2, tail="renorm"), ForwardKL())
