@@ -127,7 +127,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; 
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
 table { border-collapse: collapse; } th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; }
 th { border-bottom: 1px solid #999; font-weight: 600; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } .facts td.number { text-align: left; }
 pre { white-space: pre-wrap; word-break: break-word; background: #f5f5f2; padding: .6em; margin: 0; }
 img { max-width: 100%; } .samples td { width: 45%; } .quiet { color: #777; }
 """
@@ -175,7 +175,8 @@ def _table(title: str, heads: list[str], rows: list[tuple]) -> str:
         return ""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in heads) if any(heads) else ""
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
+    kind = "" if any(heads) else ' class="facts"'
+    return f"<h2>{html.escape(title)}</h2><table{kind}><tr>{head}</tr>{body}</table>"
 
 
 def _cell(value) -> str:
