@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import cifar, classification_tasks
 from benchmarks.classification import Row, Table, Task
-from benchmarks.evidence_cards import ALONE, ALONE_TIME, KD
+from benchmarks.evidence_cards import ALONE, ALONE_TIME, JS, KD, REVERSE
 from hf_distill.baselines import OBJECTIVES
 from hf_distill.objectives import Objective
 from hf_distill.teachers import MutualKD, PeerTeacher
@@ -57,11 +57,10 @@ def alphas(trainer, task: Task) -> dict[str, float]:
 
 
 ALONE_ROW = of("next_token")
+TEMPERATURES = tuple({"temperature": t} for t in (1.0, 2.0, 10.0))
 KD_ROW = of(
     "kd",
-    {"temperature": 1.0},
-    {"temperature": 2.0},
-    {"temperature": 10.0},
+    *TEMPERATURES,
     note="temperature 4, 1, 2 or 10, chosen like the learning rate",
 )
 COMMON = {ALONE: ALONE_ROW, KD: KD_ROW}
@@ -129,6 +128,8 @@ CIFAR_ROWS = (
 )
 OFA_UNIFORM = Row("ofa_kd", settings={"ofa_stages": ["uniform"]}, choices=OFA_CHOICES)
 HETEROGENEOUS = COMMON | longer(3.3) | {"DKD": CIFAR_ROWS["DKD"], "DIST": CIFAR_ROWS["DIST"], "OFA-KD": OFA_UNIFORM}
+AS_KD = "label weight, T² and temperatures are Hinton KD's"
+MIXED = {"kd_weight": 0.9, "label_weight": 0.1, "temperature": 4.0, "t_squared": True}
 TEXT = (
     COMMON
     | longer(2.5)
@@ -137,7 +138,20 @@ TEXT = (
         "DIST": of("dist", {"temperature": 1.0}),
         "PLD": PLD_ROW,
         "LELP": Row("lelp", choices=({}, {"lelp_num_subclasses": 2}, {"lelp_temperature": 2.0})),
-        "SinKD": Row("sinkd"),
+        REVERSE: of("logit_kd", *TEMPERATURES, **MIXED, divergence="reverse_kl", note=AS_KD),
+        JS: of("logit_kd", *TEMPERATURES, **MIXED, divergence="generalized_jsd", note=AS_KD),
+        "SinKD": Row(
+            "sinkd",
+            choices=({}, {"kd_temperature": 1.0}, {"kd_temperature": 4.0}, {"sinkhorn_scale": 0.03}),
+            note="temperature 2, 1 or 4 of its cross-entropy with the teacher, or thirty times the transport, chosen "
+            "like the learning rate",
+        ),
+        "SinKD, without transport": Row(
+            "sinkd",
+            settings={"sinkhorn_weight": 0.0},
+            choices=({}, *({"kd_temperature": t} for t in (1.0, 4.0, 10.0))),
+            note="a control: what is left of the objective; temperature 2, 1, 4 or 10",
+        ),
     }
 )
 CIFAR_RATES, ATTENTION_RATES = (2e-3, 5e-3, 1e-2, 2e-2), (5e-4, 1e-3, 2e-3, 4e-3)

@@ -54,6 +54,13 @@ STEPS: dict[str, list[Step]] = {
         Step("evidence_vlm", "--set digits --seeds 0 1 2 3 4"),
         Step("evidence_vlm", "--set nlvr --data DIR --seeds 0 1 2", ("nlvr",)),
     ],
+    "ddk": [Step("evidence_ddk", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
+    "fidelity": [Step("evidence_fidelity", "--data DIR --seeds 3", LANGUAGE[:1])],
+    "miniplm": [Step("evidence_miniplm", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
+    "onpolicy": [Step("evidence_onpolicy", "--data DIR --seeds 3", LANGUAGE[:1])],  # no method but a way of training
+    "swing": [Step("evidence_swing", "--data DIR --seeds 3", LANGUAGE[:1])],
+    "teacher_hacking": [Step("evidence_hacking", "--data DIR --seeds 3", LANGUAGE[:1])],
+    "uld": [Step("evidence_uld", "--data DIR --seeds 3", LANGUAGE[:1])],
 }
 
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 START, END = "<!-- evidence -->", "<!-- end of evidence -->"
 ALONE, KD, ALONE_TIME = "student alone", "Hinton KD", "student alone, equal time"
+REVERSE, JS = "reverse KL", "Jensen-Shannon"
+BESIDE = {"sinkd": (REVERSE, JS)}  # rows that a method's card compares with, too
 LABELS = {
     "accuracy": "accuracy, higher",
     "macro_f1": "macro F1, higher",
@@ -82,7 +84,7 @@ def write_classification(results: Path, cards: Path = CARDS) -> None:
 def section(result: dict, slug: str | None = None) -> str:
     """One table: of a method's rows beside the student alone and Hinton KD; of all rows without a slug."""
     runs, rows = _runs(result), result["rows"]
-    beside = [name for name in (ALONE, KD, ALONE_TIME) if name in runs]
+    beside = [name for name in (ALONE, KD, ALONE_TIME, *BESIDE.get(slug, ())) if name in runs]
     own = [name for name in runs if name not in beside and slug in (None, rows[name]["slug"])]
     shown, measures = [*beside, *own], result["measures"]
     facts, seeds = result["facts"], len(runs[ALONE])
@@ -103,7 +105,7 @@ def section(result: dict, slug: str | None = None) -> str:
         settings = ", ".join(f"{k} {v}" for k, v in rows[name]["settings"].items()) or "defaults"
         lines.append(f"| {name} | {settings} | {runs[name][0].learning_rate:g} | {' | '.join(cells)} | {seconds:.0f} |")
     if slug is not None:
-        lines += ["", "**In short.** " + " ".join(_in_short(runs, name, measures[0], seeds) for name in own)]
+        lines += ["", "**In short.** " + " ".join(_in_short(runs, name, measures[0], seeds, slug) for name in own)]
     if "one-hot" in facts["teacher"]:
         lines += ["", ONE_HOT]
     lines += ["", "Mean paired difference ± standard error; a verdict needs 3 seeds and 2 standard errors.", ""]
@@ -148,9 +150,10 @@ def _difference(runs: dict[str, list[Run]], row: str, baseline: str, measure: st
     return f"{found.mean:+.4f} ± {found.standard_error:.4f} | {found.verdict}"
 
 
-def _in_short(runs: dict[str, list[Run]], row: str, measure: str, seeds: int) -> str:
+def _in_short(runs: dict[str, list[Run]], row: str, measure: str, seeds: int, slug: str) -> str:
     """In words, of the first measure: what a row beats, and what it does not."""
-    found = {b: paired(runs, row, b, measure, higher_is_better=measure != "ece") for b in (ALONE, KD)}
+    beside = [ALONE, KD, *(name for name in BESIDE.get(slug, ()) if name in runs)]
+    found = {b: paired(runs, row, b, measure, higher_is_better=measure != "ece") for b in beside}
     told = {
         "beats": "beats {}",
         "loses to": "**loses to** {}",
@@ -185,13 +188,27 @@ def _made(result: dict) -> str:
     )
 
 
-def write_all(results: Path) -> None:
+OTHERS = {  # results -> the module whose `write_cards(results, cards)` makes a card of them
+    "evidence_ddk.json": "evidence_ddk_card",
+    "evidence_fidelity.json": "evidence_fidelity_card",
+    "evidence_hacking.json": "evidence_hacking",
+    "evidence_miniplm.json": "evidence_miniplm",
+    "evidence_onpolicy.json": "evidence_onpolicy_card",
+    "evidence_swing.json": "evidence_swing",
+    "evidence_uld.json": "evidence_uld",
+}
+
+
+def write_all(results: Path, cards: Path = CARDS) -> None:
     """Every card of every kind of evidence."""
     from benchmarks import evidence_lm, evidence_vlm_card
 
     evidence_lm.write_cards()
-    evidence_vlm_card.write_cards(results)
-    write_classification(results)
+    evidence_vlm_card.write_cards(results, cards)
+    write_classification(results, cards)
+    for name, module in OTHERS.items():
+        if (results / name).is_file():
+            importlib.import_module(f"benchmarks.{module}").write_cards(results, cards)
 
 
 def main(argv: list[str] | None = None) -> None:

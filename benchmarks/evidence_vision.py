@@ -164,7 +164,9 @@ def scaled(table: Table, steps: int | None) -> Table:
 
 
 def wanted(name: str, row: Row, methods: list[str] | None) -> bool:
-    return methods is None or name in BASELINES or row.slug in methods
+    if methods is None or name in BASELINES or row.slug in methods:
+        return True
+    return any(name in evidence_cards.BESIDE.get(method, ()) for method in methods)
 
 
 def command(table: str, options) -> str:

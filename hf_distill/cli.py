@@ -71,6 +71,9 @@ def cache(flags: list[str]) -> None:
     if not recipe.tiny and (args.teacher_model_name_or_path is None or script.dataset_name is None):
         raise ValueError("say whose answers to keep, on which data: --teacher_model_name_or_path and --dataset_name")
     push, args.push_to_hub = args.push_to_hub, False
+    if args.teacher_model_server_url is not None:
+        args.teacher_top_k = settings.k
+        args.teacher_store = args.teacher_store or os.path.join(args.output_dir, ".teacher_answers")
     setup = load_language_setup(script, recipe, args, model, make_student=stand_in)
     trainer = DistillSFTTrainer(
         setup.student,
@@ -138,17 +141,22 @@ def push(flags: list[str]) -> None:
 
 def stand_in(recipe, args, model, teacher) -> tuple:
     """A small student in place of the real one, whose tokenizer prepares the data and whose weights no one needs."""
-    from transformers import ProcessorMixin
+    from transformers import AutoConfig, ProcessorMixin
 
     from hf_distill.recipe import named_student, small_student
     from hf_distill.training import compat
 
+    if model.model_name_or_path is None and teacher.tokenizer is None:
+        raise ValueError("say whose tokenizer prepares the data of a remote teacher: --model_name_or_path")
     processing_class = teacher.tokenizer
     if model.model_name_or_path is not None:
         processing_class = compat.load_processing_class(model.model_name_or_path, revision=model.model_revision)
     if isinstance(processing_class, ProcessorMixin):  # pictures are prepared as the student's own family does
         return named_student(recipe, args, model, teacher)
-    return small_student(teacher.config), processing_class
+    config = teacher.config
+    if config is None:  # behind an endpoint
+        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    return small_student(config), processing_class
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -69,6 +70,10 @@ class Objective(nn.Module):
         """Per logit term (rows,) weights without gradient, to select or re-weight rows; the mean still counts all."""
         return {}
 
+    def row_fields(self, student: Signals, teacher: Signals | None, progress: float) -> dict[str, dict[str, Tensor]]:
+        """Per logit term, (rows, ...) values for the `row_fields` of its divergence, which `logit_terms` left None."""
+        return {}
+
     def count(self, batch: dict) -> dict[str, int]:
         """How many items of its own units (names used in `per`) a micro-batch holds; known before its forward."""
         return {}
@@ -107,13 +112,13 @@ class Objective(nn.Module):
             engine: goes to `run_terms` (tile_bytes, tile_rows).
         """
         out: dict[str, Term] = {}
-        groups: dict[str, dict] = {}
-        row_weights: dict[str, Tensor] = {}
+        groups, row_weights = {}, {}
         for prefix, factor, leaf in self.leaves():
             leaf.engine = engine
             weights = leaf.weights(progress)
-            own_rows = leaf.row_weights(student, teacher, progress)
+            own_rows, fields = (f(student, teacher, progress) for f in (leaf.row_weights, leaf.row_fields))
             for name, divergence in leaf.logit_terms(progress).items():
+                divergence = dataclasses.replace(divergence, **fields[name]) if name in fields else divergence
                 groups.setdefault(leaf.per_of(name), {})[prefix + name] = (divergence, factor * weights.get(name, 1.0))
                 if name in own_rows:
                     row_weights[prefix + name] = own_rows[name]
@@ -149,11 +154,7 @@ class Objective(nn.Module):
         return {f"{prefix}{key}": value for prefix, _, leaf in self.leaves() for key, value in leaf.state.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put saved state back, in place of the present one.
-
-        Raises:
-            ValueError: names differ from the present state's: the checkpoint belongs to another objective.
-        """
+        """Put saved state back in place of the present. Raises ValueError when the names are another objective's."""
         mine = self.state_tensors()
         if mine.keys() != tensors.keys():
             raise ValueError(
@@ -268,8 +269,7 @@ class LogitKD(Objective):
         t_squared: multiply the divergence by T² (Hinton et al. 2015, so that its gradient keeps its size as T grows).
         per: "token" or "sample".
 
-    Raises:
-        ValueError: unknown divergence or schedule, a negative weight, all weights zero, a temperature not positive.
+    Raises ValueError: unknown divergence or schedule, a negative weight, all weights zero, a temperature not positive.
     """
 
     def __init__(

@@ -325,20 +325,29 @@ def weigh_labels(setup: ClassificationSetup, objective) -> None:
         leaf.weigh_labels(setup.class_weights, setup.label_smoothing)
 
 
-@torch.no_grad()
 def teacher_scores(trainer) -> tuple[dict[str, float], measures.Reliability]:
     """The teacher's own accuracy, macro-F1, cross-entropy and calibration on the held-out examples."""
+    logits, labels = teacher_logits(trainer)
+    return scores_of(logits, labels), measures.reliability(logits, labels)
+
+
+@torch.no_grad()
+def teacher_logits(trainer) -> tuple[Tensor, Tensor]:
+    """The teacher's logits (N, C) on the held-out examples of all ranks, and the labels (N,)."""
     logits, labels = [], []
     for batch in trainer.get_eval_dataloader():
         batch = trainer._prepare_inputs(batch)
         own = trainer.teacher(batch, frozenset({"logits"})).logits
         for kept, value in ((logits, own.float()), (labels, batch["labels"])):
             kept.append(trainer.accelerator.gather_for_metrics(value.contiguous()).cpu())
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def scores_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Cross-entropy, calibration error, accuracy and macro-F1."""
     functions = {"cross_entropy": measures.cross_entropy, "ece": measures.expected_calibration_error}
     functions |= {"accuracy": measures.accuracy, "macro_f1": measures.macro_f1}
-    scores = {name: function(logits, labels) for name, function in functions.items()}
-    return scores, measures.reliability(logits, labels)
+    return {name: function(logits, labels) for name, function in functions.items()}
 
 
 def table(setup: ClassificationSetup, before: dict[str, float], after: dict[str, float]) -> str:

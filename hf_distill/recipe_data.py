@@ -49,7 +49,10 @@ def load_data(name: str | None, config: str | None = None, streaming: bool = Fal
         raise ValueError("no data: give --dataset_name a Hub id, a folder or a file")
     path = Path(name)
     if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        return load_from_disk(name)
+        try:
+            return load_from_disk(name)
+        except IndexError as error:  # how datasets says it
+            raise ValueError(f"{name!r} holds an empty split, which cannot be read: save it without") from error
     if path.is_file() or path.is_dir():
         files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in FORMATS)
         kinds = {FORMATS.get(f.suffix) for f in files} - {None}

@@ -12,6 +12,8 @@ from hf_distill.teachers.cached import is_cache
 
 # families of ids whose config cannot be read without a network, by the start of the id
 FAMILIES = {
+    "Qwen/Qwen1.5": "qwen2",
+    "MiniLLM/": "qwen2",
     "Qwen/Qwen2.5": "qwen2",
     "Qwen/Qwen3": "qwen3",
     "meta-llama/": "llama",
@@ -45,6 +47,7 @@ def tiny_arguments(args, model) -> None:
         "push_to_hub": False,
         "dataloader_num_workers": 0,
         "dataset_num_proc": None,
+        "teacher_model_server_url": None,  # its stand-in is in this process
     }
     if not torch.accelerator.is_available():
         changed |= {"bf16": False, "fp16": False}
@@ -71,6 +74,15 @@ def tiny_models(args, model, embedded_tokenizer: str) -> None:
     path = model.model_name_or_path or args.teacher_model_name_or_path
     model.model_name_or_path = _write(path, os.path.join(folder, "student"), tokenizer, 0, seed=2)
     model.model_revision = "main"
+
+
+def tiny_oracle(args, config) -> None:
+    """Stand in for the oracle of a `TeacherHackingConfig`, and ask for answers that fit."""
+    config.answer_tokens = min(config.answer_tokens, 16)
+    if config.oracle_model_name_or_path is not None:
+        folder = os.path.join(args.output_dir, "tiny", "oracle")
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
+        config.oracle_model_name_or_path = _write(config.oracle_model_name_or_path, folder, tokenizer, 64, seed=3)
 
 
 def _write(named: str | None, folder: str, tokenizer, padding: int, seed: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -23,6 +24,7 @@ from hf_distill.cli import main, paper_table
 from hf_distill.methods import cards
 from hf_distill.recipe import EMBEDDED
 from hf_distill.tiny import made_up_rows, tiny_model
+from tests.teachers.local_endpoint import local_endpoint
 
 DOCS = Path(__file__).parents[1] / "docs"
 IDS = {
@@ -90,6 +92,33 @@ def test_a_snippet_about_teachers_does_not_run(world):
         else:  # as many lines before it as on the page, so that a traceback names the page's line
             exec(compile("\n" * line + text, str(DOCS / "teachers.md"), "exec"), world)
     assert Path("runs/averaged/model.safetensors").is_file() and Path("texts/teacher.json").is_file()
+
+
+def test_a_snippet_about_written_texts_does_not_run(world):
+    ((_, line, text),) = [block for block in blocks("on_policy.md") if block[0] == "python"]
+    exec(compile("\n" * line + on_stand_ins(text), str(DOCS / "on_policy.md"), "exec"), world)
+    assert world["trainer"].state.global_step == 1
+
+
+def test_the_snippet_across_tokenizers_does_not_run(world):
+    ((_, line, text),) = [block for block in blocks("cross_tokenizer.md") if block[0] == "python"]
+    exec(compile("\n" * line + on_stand_ins(text), str(DOCS / "cross_tokenizer.md"), "exec"), world)
+    assert Path("runs/uld/model.safetensors").is_file()
+
+
+def test_a_snippet_about_remote_teachers_does_not_run(world):
+    tokenizer = AutoTokenizer.from_pretrained("teacher")
+    with local_endpoint(AutoModelForCausalLM.from_pretrained("teacher"), tokenizer, name="teacher") as server:
+        for language, line, text in blocks("remote_teachers.md"):
+            text = on_stand_ins(text).replace("http://localhost:8000", server.url)
+            if language == "bash":
+                program, *arguments = shlex.split(text.replace("\\\n", " "))
+                assert program == "hf-distill", f"line {line}: {program}"
+                main(arguments)
+            else:
+                exec(compile("\n" * line + text, str(DOCS / "remote_teachers.md"), "exec"), world)
+    assert hf_distill.CachedTeacher("caches/served").codec.k == 16
+    assert world["trainer"].state.global_step == 1 and len(world["answers"]) == 4
 
 
 def test_a_teacher_is_missing_from_its_page():
@@ -200,7 +229,9 @@ def test_a_snippet_of_a_page_does_not_run(page, world):
 
 
 def test_a_message_of_troubleshooting_is_not_ours():
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(hf_distill.__file__).parent.rglob("*.py")))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in sorted(Path(hf_distill.__file__).parent.rglob("*.py"))
+    )
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
     assert len(messages) > 15 and not [m for m in messages if m not in source]

@@ -76,7 +76,7 @@ def test_configuration_says_first_whether_it_was_run_at_full_size(path):
     assert path.read_text().splitlines()[0].startswith(("# Not run at full size yet", "# Run at full size"))
 
 
-@pytest.mark.parametrize("slug", ["logit_kd", "taid"])
+@pytest.mark.parametrize("slug", ["logit_kd", "taid", "fidelity"])
 def test_recipe_without_a_model_or_data_runs_the_embedded_default(slug, tmp_path, capsys):
     recipe(slug).main(["--max_steps", "2", "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "out")])
     assert "KL(teacher || student)" in capsys.readouterr().out

@@ -39,8 +39,7 @@ class SeededAugmentation(torch.utils.data.Dataset):
 @contextlib.contextmanager
 def seeded_draws(*key):
     """Python's, numpy's and torch's global generators seeded by a key of numbers, and put back at the end."""
-    text = "/".join(map(str, key))
-    own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    own = number_of(*key)
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -51,3 +50,8 @@ def seeded_draws(*key):
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def number_of(*key) -> int:
+    """32 bits that a key of numbers and names decides."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest(), "little")

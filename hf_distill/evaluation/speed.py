@@ -1,12 +1,15 @@
-"""Tokens per second of several models beside each other, as they read a prompt and as they write an answer."""
+"""Speed and memory of several models beside each other: reading a prompt, writing an answer, one forward pass."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 
@@ -55,3 +58,77 @@ def _seconds(run, device: torch.device) -> float:
     run()
     wait()
     return clock() - start
+
+
+@torch.no_grad()
+def forward_cost(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Tensor]], *, rounds: int = 5
+) -> dict[str, dict[str, float]]:
+    """What one forward pass takes: the best of `rounds` interleaved rounds, and the memory beside the weights.
+
+    Args:
+        models: name -> a model in eval mode.
+        inputs: name -> what that model reads.
+
+    Returns:
+        name -> {"seconds", "activation_bytes"}.
+
+    Raises:
+        ValueError: rounds below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    found = {name: {"seconds": float("inf"), "activation_bytes": 0} for name in models}
+    for round_ in range(rounds + 1):
+        for name, model in models.items():
+            device = next(model.parameters()).device
+            here = {key: values.to(device) for key, values in inputs[name].items()}
+            if round_ == 0:  # warms up, too
+                found[name]["activation_bytes"] = peak_bytes(lambda model=model, here=here: model(**here), device)
+            else:
+                seconds = _seconds(lambda model=model, here=here: model(**here), device)
+                found[name]["seconds"] = min(found[name]["seconds"], seconds)
+    return found
+
+
+def peak_bytes(run, device: torch.device) -> int:
+    """The most memory that tensors made by `run` held at one time."""
+    if device.type == "cpu":
+        with _LiveBytes() as live:
+            run()
+        return live.peak
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    run()
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, until they are freed; a CPU's allocator keeps no count."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and _storage(x) not in self.known | given:
+                storage = x.untyped_storage()
+                self.known.add(_storage(x))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, _storage(x), storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata

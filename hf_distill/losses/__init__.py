@@ -41,12 +41,13 @@ from hf_distill.losses.functional import (
     tvd,
 )
 from hf_distill.losses.fused import observe, one_term, run_terms
-from hf_distill.losses.metrics import Agreement, CalibrationBin, StudentEntropy, TeacherEntropy
+from hf_distill.losses.metrics import Agreement, CalibrationBin, StudentEntropy, TeacherEntropy, TopKOverlap
 from hf_distill.losses.preference import preference_loss
 from hf_distill.losses.relations import cc_loss, rkd_loss, rkd_terms, sp_loss
 from hf_distill.losses.sparse import topk_divergence
 from hf_distill.losses.targets import Interpolated, LabelCrossEntropy
 from hf_distill.losses.tile import Divergence, Tile
+from hf_distill.losses.transport import sinkhorn_cost, sinkhorn_distance, sinkhorn_plan
 from hf_distill.signals import HeadLogits, MixtureLogits, SampledLogits, SparseLogits
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "Symmetric",
     "TeacherEntropy",
     "Tile",
+    "TopKOverlap",
     "adaptive_kl",
     "align_bytes",
     "alpha_beta",
@@ -104,6 +106,9 @@ __all__ = [
     "run_terms",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "sinkhorn_cost",
+    "sinkhorn_distance",
+    "sinkhorn_plan",
     "soft_cross_entropy",
     "sp_loss",
     "standardize_logits",

@@ -116,7 +116,7 @@ def uld_loss(
 
     matched = None
     if student_vocab is not None:
-        matched = _matched(student_vocab, teacher_vocab, student_logits.shape[-1], teacher_logits.shape[-1])
+        matched = matched_ids(student_vocab, teacher_vocab, student_logits.shape[-1], teacher_logits.shape[-1])
     student_offsets, teacher_offsets = (
         x.tolist() if isinstance(x, Tensor) else x for x in (student_offsets, teacher_offsets)
     )
@@ -130,9 +130,9 @@ def uld_loss(
         q = _merge(student_logits[i], student_input_ids[i], groups[0], student_temperature, strategy)
         p = _merge(teacher_logits[i].detach(), teacher_input_ids[i], groups[1], teacher_temperature, strategy)
         if matched is None:
-            losses.append(_sorted_distance(q, p))
+            losses.append(sorted_distance(q, p).mean())
         else:
-            losses.append(_hybrid(q, p, *matched, matched_weight, unmatched_weight, beta))
+            losses.append(hybrid_distance(q, p, *matched, matched_weight, unmatched_weight, beta).mean())
     loss = distillation_weight * torch.stack(losses).mean()
     if crossentropy_weight:
         logits, labels = upcast(student_logits[:, :-1]).flatten(0, 1), student_labels[:, 1:].flatten()
@@ -174,29 +174,42 @@ def _merge(logits: Tensor, input_ids: Tensor, groups: Groups, temperature: float
     return torch.stack(merged)
 
 
-def _sorted_distance(q: Tensor, p: Tensor) -> Tensor:
+def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
+    """(N,) Σ |sorted q - sorted p| of probabilities (N, V) and (N, V'), the shorter rows filled up with zeros."""
     width = max(q.shape[-1], p.shape[-1])
     q, p = (F.pad(x.sort(-1, descending=True).values, (0, width - x.shape[-1])) for x in (q, p))
-    return (q - p).abs().sum() / len(q)
+    return (q - p).abs().sum(-1)
 
 
-def _matched(student_vocab, teacher_vocab, student_size: int, teacher_size: int) -> tuple[list[int], list[int]]:
-    """Ids of the tokens both vocabularies know, in the teacher's order."""
+def matched_ids(
+    student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int], student_size: int, teacher_size: int
+) -> tuple[Tensor, Tensor]:
+    """Ids (M,), (M,) of the tokens both vocabularies know, in the teacher's order."""
     both = sorted((i, student_vocab[token]) for token, i in teacher_vocab.items() if token in student_vocab)
     both = [(t, s) for t, s in both if t < teacher_size and s < student_size]
-    return [s for _, s in both], [t for t, _ in both]
+    pairs = torch.tensor(both, dtype=torch.int64).reshape(-1, 2)
+    return pairs[:, 1], pairs[:, 0]
 
 
-def _hybrid(q: Tensor, p: Tensor, student_ids, teacher_ids, matched_weight, unmatched_weight, beta: float) -> Tensor:
+def hybrid_distance(
+    q: Tensor,
+    p: Tensor,
+    student_ids: Tensor,
+    teacher_ids: Tensor,
+    matched_weight: float | None,
+    unmatched_weight: float | None,
+    beta: float,
+) -> Tensor:
+    """(N,) divergence of the matched tokens' probabilities, and `sorted_distance` of the others; see `uld_loss`."""
     if matched_weight is None:
         matched_weight = len(teacher_ids) / p.shape[-1]
         unmatched_weight = 1 - matched_weight
     log_q, log_p = q[:, student_ids].clamp(min=1e-8).log(), p[:, teacher_ids].clamp(min=1e-8).log()
-    loss = matched_weight * _jsd(log_q, log_p, beta).sum() / len(q)
+    distance = matched_weight * _jsd(log_q, log_p, beta).sum(-1)
     q, p = (_without(x, ids) for x, ids in ((q, student_ids), (p, teacher_ids)))
     if q.shape[-1] and p.shape[-1]:  # a side without unmatched tokens has nothing to compare with, as in TRL
-        loss = loss + unmatched_weight * _sorted_distance(q, p)
-    return loss
+        distance = distance + unmatched_weight * sorted_distance(q, p)
+    return distance
 
 
 def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -207,7 +220,7 @@ def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     return beta * log_p.exp() * (log_p - m.log()) + (1 - beta) * log_q.exp() * (log_q - m.log())
 
 
-def _without(x: Tensor, ids: list[int]) -> Tensor:
-    keep = torch.ones(x.shape[-1], dtype=torch.bool)
+def _without(x: Tensor, ids: Tensor) -> Tensor:
+    keep = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
     keep[ids] = False
-    return x[:, keep.nonzero().squeeze(-1).to(x.device)]
+    return x[:, keep]

@@ -132,6 +132,13 @@ def stage(
     return torch.stack(values)
 
 
+def cut(divergence: Divergence, rows: slice | Tensor) -> Divergence:
+    """For some of the rows: what its `row_fields` name is cut to them."""
+    fields = {name: getattr(divergence, name) for name in getattr(divergence, "row_fields", ())}
+    own = {name: x[rows] for name, x in fields.items() if x is not None}
+    return replace(divergence, **own) if own else divergence
+
+
 class Eager:
     """The stage as it stands."""
 
@@ -143,9 +150,10 @@ class Eager:
     def __init__(self, plan: Plan, dtype: torch.dtype):
         self.plan, self.dtype = plan, dtype
 
-    def __call__(self, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
+    def __call__(self, rows: slice, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
         plan = self.plan
-        return stage(plan.divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
+        divergences = tuple(cut(divergence, rows) for divergence in plan.divergences)
+        return stage(divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
 
 
 class Compiled:
@@ -165,25 +173,28 @@ class Compiled:
     def __init__(self, plan: Plan, dtype: torch.dtype):
         self.plan, self.dtype, self.eager, self.key = plan, dtype, Eager(plan, dtype), None
 
-    def __call__(self, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
+    def __call__(self, rows: slice, block: Block, weights: Tensor, out: Tensor | None) -> Tensor:
         # torch.compile takes a size of 1 for a constant, and does not run below a counter of operations
         if block.student.shape[0] < 2 or torch._C._len_torch_dispatch_stack():
-            return self.eager(block, weights, out)
+            return self.eager(rows, block, weights, out)
         plan = self.plan
         if self.key is None:
             self.key = (_kind(plan.divergences), plan.slots, plan.moving, _kind(block), weights.dtype, out is None)
         function = self._function()
         if function is None:
-            return self.eager(block, weights, out)
+            return self.eager(rows, block, weights, out)
+        divergences = tuple(cut(divergence, rows) for divergence in plan.divergences)
         _mark_rows(block)
+        for divergence in divergences:
+            _mark_rows(tuple(getattr(divergence, name) for name in getattr(divergence, "row_fields", ())))
         weights = weights.contiguous()  # a slice's stride would be one more thing to compile for
         torch._dynamo.mark_dynamic(weights, 1)
         if out is not None:
             torch._dynamo.mark_dynamic(out, 0)
         try:
-            values = function(plan.divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
+            values = function(divergences, plan.slots, plan.moving, plan.inverse, block, self.dtype, weights, out)
         except torch._dynamo.exc.TorchDynamoException as error:
-            return self._give_up(error)(block, weights, out)
+            return self._give_up(error)(rows, block, weights, out)
         Compiled.works = True
         return values
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_distill.losses.engines import Compiled, Eager, Plan, choose, say
+from hf_distill.losses.engines import Compiled, Eager, Plan, choose, cut, say
 from hf_distill.losses.source import Source, kind_of, make_source, pick
 from hf_distill.losses.tile import Divergence
 from hf_distill.signals import HeadLogits, Logits
@@ -37,7 +37,7 @@ class _Fused(torch.autograd.Function):
         values = torch.empty_like(row_weight)
         for rows in source.tiles():
             for own, block in source.blocks(rows):
-                values[:, own] = engine(block, gradient_weight[:, own], block.student if any(need) else None)
+                values[:, own] = engine(own, block, gradient_weight[:, own], block.student if any(need) else None)
             if not any(need):
                 continue
             g = source.product(rows)
@@ -85,7 +85,7 @@ class _Dense(torch.autograd.Function):
         out = torch.zeros_like(logits)
         for rows in source.tiles():
             for own, block in source.blocks(rows):
-                ctx.engine(block, grad_output[:, own], out[own, : source.width])
+                ctx.engine(own, block, grad_output[:, own], out[own, : source.width])
         return out, None, None
 
 
@@ -94,7 +94,7 @@ def _values(source: Source, engine: Eager | Compiled) -> Tensor:
     values = torch.empty(terms, source.rows, dtype=source.dtype, device=source.device)
     for rows in source.tiles():
         for own, block in source.blocks(rows):
-            values[:, own] = engine(block, values[:, own], None)
+            values[:, own] = engine(own, block, values[:, own], None)
     return values
 
 
@@ -243,6 +243,7 @@ def run_terms(
         index = mask.nonzero().flatten()
         student, teacher = pick(student, index), pick(teacher, index)
         labels, row_weight = None if labels is None else labels[index], row_weight[:, index]
+        divergences = [cut(divergence, index) for divergence in divergences]
     moving = [not (by_head and isinstance(w, (int, float)) and w == 0) for _, w in terms.values()]
     source, run = _setup(student, teacher, divergences, moving, labels, tile_bytes, tile_rows, engine)
     with torch.autocast(device.type, enabled=False):

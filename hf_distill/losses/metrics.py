@@ -29,6 +29,26 @@ class Agreement(_Metric):
 
 
 @dataclass(frozen=True)
+class TopKOverlap(_Metric):
+    """|top-k of the student ∩ top-k of the teacher| / k, over the vocabulary both share; of a teacher that gives all
+    its logits."""
+
+    k: int = 5
+    sums_over_support: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def value(self, tile: Tile) -> Tensor:
+        if self.k > tile.student.shape[-1]:
+            raise ValueError(f"the {self.k} likeliest of {tile.student.shape[-1]} entries were asked for: lower k")
+        ours, theirs = (logits.topk(self.k, -1).indices for logits in (tile.student, tile.teacher))
+        shared = (ours[..., :, None] == theirs[..., None, :]).any(-1)
+        return shared.to(tile.full.student.dtype).mean(-1)
+
+
+@dataclass(frozen=True)
 class StudentEntropy(_Metric):
     """-Σ q log q over the student's whole vocabulary."""
 

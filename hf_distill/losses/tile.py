@@ -14,8 +14,9 @@ class Divergence(Protocol):
     """What one tile of rows yields. Engines, masks, reductions and types live elsewhere.
 
     Optional attributes: `temperature` (1.0 when absent), `full_vocabulary` (False: `out` covers the vocabulary both
-    models share; True: the student's whole one, and no teacher is read), `reads_labels` (False) and `sums_over_support`
-    (False; True when the sum may be cut to a sparse teacher's entries).
+    models share; True: the student's whole one, and no teacher is read), `reads_labels` (False), `sums_over_support`
+    (False; True when the sum may be cut to a sparse teacher's entries) and `row_fields` (none; names of its fields that
+    hold one entry per row, flat, and are cut to the rows of a tile).
     """
 
     def value(self, tile: Tile) -> Tensor:

@@ -11,8 +11,9 @@ most language-model work calls KD.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from hf_distill.baselines.cross_tokenizer import ULD
 from hf_distill.losses import DIVERGENCES
 from hf_distill.methods._card import MethodCard
 from hf_distill.objectives import SCHEDULES, LogitKD
@@ -40,6 +41,8 @@ OPTIONS = {
     "alpha_beta": {"alpha": "ab_alpha", "beta": "ab_beta"},
 }
 
+CROSS_TOKENIZER = {"uld": False, "hybrid_uld": True}  # whether hybrid
+
 
 @dataclass
 class LogitKDConfig:
@@ -53,7 +56,17 @@ class LogitKDConfig:
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
     kd_weight_end: float | None = field(default=None, metadata={"help": "Weight of the divergence at the last step."})
     weight_schedule: str = field(default="linear", metadata={"help": f"One of {', '.join(SCHEDULES)}."})
-    label_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    label_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the cross-entropy with the labels; by default 0, and 1 with cross_tokenizer."},
+    )
+    cross_tokenizer: str = field(
+        default="none",
+        metadata={
+            "help": "For a teacher with another tokenizer: uld (distance of sorted probabilities over the same bytes) "
+            "or hybrid_uld (tokens of both vocabularies by name, the others sorted). Its divergence is its own."
+        },
+    )
     per: str = field(default="token", metadata={"help": "token: mean over tokens; sample: over documents' means."})
     jsd_beta: float = field(
         default=0.5, metadata={"help": "generalized_jsd: weight of the teacher in the mixture (GKD)."}
@@ -72,19 +85,22 @@ class LogitKDConfig:
                 raise ValueError(f"{name} must be a finite number, got {value}")
 
 
-def build_objective(config: LogitKDConfig) -> LogitKD:
+def build_objective(config: LogitKDConfig) -> LogitKD | ULD:
     """The objective that a config describes.
 
     Raises:
-        ValueError: an unknown divergence or schedule, a weight or temperature out of range.
+        ValueError: an unknown divergence or schedule, a weight or temperature out of range, settings of a divergence
+            beside cross_tokenizer.
     """
+    if config.cross_tokenizer != "none":
+        return _across_tokenizers(config)
     objective = LogitKD(
         config.divergence,
         options={name: getattr(config, ours) for name, ours in OPTIONS.get(config.divergence, {}).items()},
         kd_weight=config.kd_weight,
         kd_weight_end=config.kd_weight_end,
         weight_schedule=config.weight_schedule,
-        label_weight=config.label_weight,
+        label_weight=config.label_weight or 0.0,
         temperature=config.temperature,
         temperature_end=config.temperature_end,
         temperature_schedule=config.temperature_schedule,
@@ -93,6 +109,25 @@ def build_objective(config: LogitKDConfig) -> LogitKD:
     )
     objective.paper = CARD
     return objective
+
+
+def _across_tokenizers(config: LogitKDConfig) -> ULD:
+    if config.cross_tokenizer not in CROSS_TOKENIZER:
+        known = ", ".join(("none", *CROSS_TOKENIZER))
+        raise ValueError(f"cross_tokenizer must be one of {known}, got {config.cross_tokenizer!r}")
+    read = {"cross_tokenizer", "kd_weight", "label_weight", "temperature", "jsd_beta"}
+    defaults = {f.name: f.default for f in fields(config) if f.name not in read}
+    ignored = [name for name, value in defaults.items() if getattr(config, name) != value]
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)} do not apply with cross_tokenizer={config.cross_tokenizer}: unset them")
+    return ULD(
+        hybrid=CROSS_TOKENIZER[config.cross_tokenizer],
+        weight=config.kd_weight,
+        label_weight=1.0 if config.label_weight is None else config.label_weight,
+        student_temperature=config.temperature,
+        teacher_temperature=config.temperature,
+        beta=config.jsd_beta,
+    )
 
 
 def build_trainer(student, teacher, train_dataset, config: LogitKDConfig, args, **trainer_arguments):

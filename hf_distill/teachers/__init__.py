@@ -13,7 +13,10 @@ from hf_distill.teachers.local_text import LocalTextTeacher
 from hf_distill.teachers.peer import EMATeacher, MutualKD, PeerTeacher
 from hf_distill.teachers.privileged import PrivilegedTeacher, TeacherInputs, add_teacher_inputs
 from hf_distill.teachers.relabelled import RelabelledTeacher
+from hf_distill.teachers.remote import RemoteTeacher
+from hf_distill.teachers.remote_text import RemoteTextTeacher
 from hf_distill.teachers.text import TextTeacher
+from hf_distill.teachers.usage import TeacherBudgetExceeded
 
 __all__ = [
     "AdapterOffTeacher",
@@ -28,8 +31,11 @@ __all__ = [
     "PeerTeacher",
     "PrivilegedTeacher",
     "RelabelledTeacher",
+    "RemoteTeacher",
+    "RemoteTextTeacher",
     "RoutedTeacher",
     "Teacher",
+    "TeacherBudgetExceeded",
     "TeacherInputs",
     "TextTeacher",
     "add_teacher_inputs",

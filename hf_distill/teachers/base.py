@@ -55,6 +55,11 @@ class Teacher:
         """Entries of its logits; None when it has none."""
         return None
 
+    @property
+    def answers_new_text(self) -> bool:
+        """Whether it can tell of text that no data set holds. One that looks its answers up by content cannot."""
+        return not self.readers
+
     def attach(self, student) -> None:
         """Called once with the student before anything is wrapped."""
 
@@ -130,6 +135,10 @@ class WrappedTeacher(Teacher):
 
     def vocabulary_size(self) -> int | None:
         return self.teacher.vocabulary_size()
+
+    @property
+    def answers_new_text(self) -> bool:
+        return super().answers_new_text and self.teacher.answers_new_text
 
     def attach(self, student: nn.Module) -> None:
         self.teacher.attach(student)

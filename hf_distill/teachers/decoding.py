@@ -40,8 +40,8 @@ def sample_token(logits: Tensor, draw: Tensor, top_p: float = 1.0) -> Tensor:
 class Draw(LogitsProcessor):
     """Leaves one token per row: the likeliest, or one drawn with the row's own numbers. Keeps log-probabilities."""
 
-    def __init__(self, requests: Sequence[Request], width: int, device: torch.device):
-        first = requests[0]
+    def __init__(self, requests: Sequence[Request], width: int, device: torch.device, vocabulary: int | None = None):
+        first, self.vocabulary = requests[0], vocabulary
         self.temperature, self.top_p, self.width = first.temperature, first.top_p, width
         self.log_probs: list[Tensor] | None = [] if first.log_probs else None
         if self.temperature:
@@ -49,6 +49,9 @@ class Draw(LogitsProcessor):
             self.draws = torch.tensor(draws, dtype=torch.float32, device=device).clamp_(max=1 - 2**-24)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.vocabulary is not None and self.vocabulary < scores.shape[-1]:  # a padded head: no tokens from there on
+            scores = scores.clone()
+            scores[:, self.vocabulary :] = -torch.inf
         if self.temperature:
             step = min(input_ids.shape[1] - self.width, self.draws.shape[1] - 1)
             token = sample_token(scores / self.temperature, self.draws[:, step], self.top_p)[:, None]

@@ -20,7 +20,8 @@ class Generation:
 
     Attributes:
         text: without special tokens, cut before the stop string.
-        finish_reason: "stop" (end of sequence or a stop string) or "length" (cut at max_new_tokens: incomplete).
+        finish_reason: "stop" (end of sequence or a stop string) or "length" (cut at max_new_tokens: incomplete); an
+            endpoint may have others ("content_filter").
         prompt_tokens, completion_tokens: how many; the end of sequence counts.
         token_ids: of the completion, the end of sequence included; empty where a teacher does not tell.
         log_probs: of the token_ids under the teacher's own distribution (temperature 1, no top-p), if asked for.
@@ -46,9 +47,14 @@ class Request:
     top_p: float
     stop_strings: tuple[str, ...]
     log_probs: bool
+    response_schema: dict | None = None
+
+    def facts(self) -> dict:
+        """Its entries; no schema is no entry."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("response_schema", None)}
 
     def key(self, fingerprint: dict | None) -> str:
-        return hashlib.sha256(_canonical([FORMAT, fingerprint, asdict(self)]).encode()).hexdigest()
+        return hashlib.sha256(_canonical([FORMAT, fingerprint, self.facts()]).encode()).hexdigest()
 
 
 class GenerationStore:
@@ -68,7 +74,7 @@ class GenerationStore:
     def __init__(self, folder: str | os.PathLike, teacher: dict):
         self.folder, self.teacher = Path(folder), json.loads(json.dumps(teacher))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_owner()
+        check_owner(self.folder, "generations-*.jsonl", {"format": FORMAT, **self.teacher})
         self._own = self.folder / f"generations-{int(os.environ.get('RANK', 0)):05d}.jsonl"
         self._known: dict[str, Generation] = {}
         for path in sorted(self.folder.glob("generations-*.jsonl")):
@@ -87,29 +93,37 @@ class GenerationStore:
             drop_unfinished_line(file)
             for key, request, generation in answers:
                 self._known[key] = generation
-                line = {"key": key} | asdict(request) | asdict(generation) | {"log_probs": generation.log_probs}
+                line = {"key": key} | request.facts() | asdict(generation) | {"log_probs": generation.log_probs}
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def _check_owner(self) -> None:
-        path = self.folder / "teacher.json"
-        if not path.exists():
-            if any(self.folder.glob("generations-*.jsonl")):
-                raise ValueError(
-                    f"{self.folder} holds generations but no teacher.json that says whose; give a new folder"
-                )
-            scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps({"format": FORMAT, **self.teacher}, indent=1))
-            os.replace(scratch, path)
-            return
-        stored = json.loads(path.read_text())
-        changed = differences(stored, {"format": FORMAT, **self.teacher})
-        if changed:
-            raise ValueError(
-                f"the generations in {self.folder} are another teacher's, give another folder or that teacher:\n  "
-                + "\n  ".join(changed)
-            )
+
+def check_owner(folder: Path, pattern: str, facts: dict) -> None:
+    """What lies in the folder is this teacher's; `teacher.json` says so from now on.
+
+    Raises:
+        ValueError: it is another teacher's, or no one's.
+    """
+    path = folder / "teacher.json"
+    if not path.exists():
+        if any(folder.glob(pattern)):
+            raise ValueError(f"{folder} holds answers but no teacher.json that says whose; give a new folder")
+        write_whole(path, facts)
+        return
+    changed = differences(json.loads(path.read_text()), json.loads(json.dumps(facts)))
+    if changed:
+        raise ValueError(
+            f"the answers in {folder} are another teacher's, give another folder or that teacher:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def write_whole(path: Path, facts: dict) -> None:
+    """All of a JSON file or nothing; several processes may write the same."""
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(facts, indent=1))
+    os.replace(scratch, path)
 
 
 def lines_of(path: Path) -> Iterator[dict]:

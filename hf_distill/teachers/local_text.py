@@ -62,6 +62,7 @@ class LocalTextTeacher(TextTeacher):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self.vocabulary: int | None = None  # ids from here on are never written
         self.name = getattr(self.base.config, "_name_or_path", "") or type(self.base).__name__
         self.context = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
         self._pictures: dict[str, object] = {}  # of the present call, by digest
@@ -149,7 +150,7 @@ class LocalTextTeacher(TextTeacher):
     def _write(self, inputs: dict[str, Tensor], requests: list[Request]) -> list[Generation]:
         first, device = requests[0], self.base.device
         width, prompts = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(-1).tolist()
-        draw = Draw(requests, width, device)
+        draw = Draw(requests, width, device, self.vocabulary)
         stop = StopAtStrings(self._tokenizer, first.stop_strings, width) if first.stop_strings else None
         with self._speaking(), self._plain_generation():
             sequences = self.base.generate(
@@ -287,7 +288,10 @@ class LocalTextTeacher(TextTeacher):
         out = []
         for i, prompt in enumerate(prompts):
             plain = isinstance(prompt, str)
-            ids = self._tokenizer(prompt if plain else self._render(prompt), add_special_tokens=plain)["input_ids"]
+            if not plain and isinstance(prompt[0], int):
+                ids = list(prompt)
+            else:
+                ids = self._tokenizer(prompt if plain else self._render(prompt), add_special_tokens=plain)["input_ids"]
             if not ids:
                 raise ValueError(f"prompt {i} is no token of {self.name}: {prompt!r}")
             self._check_room(len(ids), room, f"prompt {i}")

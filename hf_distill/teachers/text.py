@@ -5,36 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.generations import Generation, GenerationStore, Request
+from hf_distill.teachers.usage import Usage
 
-Prompt = str | list[dict]
-
-
-@dataclass
-class Usage:
-    """What a teacher was asked for since it was made.
-
-    Attributes:
-        requests: texts it wrote, and prompts it judged.
-        cache_hits: texts that were there already. A budget of a resumed run counts `requests + cache_hits`.
-        prompt_tokens, completion_tokens: of the requests; a prompt counts once per text written to it.
-    """
-
-    requests: int = 0
-    cache_hits: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, generation: Generation) -> None:
-        self.requests += 1
-        self.prompt_tokens += generation.prompt_tokens
-        self.completion_tokens += generation.completion_tokens
+Prompt = str | list[dict] | list[int]
 
 
 class TextTeacher(Teacher):
@@ -50,6 +29,7 @@ class TextTeacher(Teacher):
     """
 
     gives = frozenset()
+    holds_to_schemas = False
 
     def __init__(self, store: str | os.PathLike | None = None):
         self.usage = Usage()
@@ -62,6 +42,10 @@ class TextTeacher(Teacher):
     def answer(self, requests: list[Request]) -> Iterator[list[tuple[int, Generation]]]:
         """Write the texts, in any order: (place in `requests`, text) of a few at a time. Check them all first."""
         raise NotImplementedError(f"{type(self).__name__} must define answer(requests)")
+
+    def count(self, generation: Generation) -> None:
+        """Enter a text that was written into the account."""
+        self.usage.add(generation)
 
     def label_log_probs(
         self,
@@ -91,16 +75,18 @@ class TextTeacher(Teacher):
         stop_strings: Sequence[str] = (),
         seed: int = 0,
         log_probs: bool = False,
+        response_schema: dict | None = None,
     ) -> list[Generation]:
         """Texts that go on from the prompts, `num_return_sequences` of the first, then of the second, and so on.
 
         Args:
-            prompts: texts, or conversations (lists of {"role", "content"}) for the chat template.
+            prompts: texts, conversations (lists of {"role", "content"}) for the chat template, or token ids.
             temperature: 0 takes the likeliest token; `seed` and `top_p` then change nothing.
             top_p: draw among the likeliest tokens that together have this probability.
             stop_strings: a text ends before the first of them.
             seed: with the prompt and a text's place among those of its prompt, decides every draw.
             log_probs: also the log-probabilities of the tokens.
+            response_schema: JSON schema that the texts must fit; for teachers that can hold to one.
 
         Raises:
             ValueError: no or empty prompts, settings out of range; of a local teacher, prompts that do not fit its
@@ -113,6 +99,9 @@ class TextTeacher(Teacher):
                 f"num_return_sequences must be at least 1, and 1 at temperature 0 (all texts would be the same), got "
                 f"{num_return_sequences}"
             )
+        if response_schema is not None and not self.holds_to_schemas:
+            raise ValueError(f"{type(self).__name__} cannot hold to a response_schema; use RemoteTextTeacher, or parse")
+        settings["response_schema"] = response_schema
         requests = [Request(p, i, **settings) for p in prompts for i in range(num_return_sequences)]
         owner = None if self.store is None else self.store.teacher
         keys = [request.key(owner) for request in requests]
@@ -120,20 +109,20 @@ class TextTeacher(Teacher):
         missing = {key: request for key, request in zip(keys, requests, strict=True) if found[key] is None}
         self.usage.cache_hits += len(keys) - len(missing)
         order = list(missing)
-        with tqdm(total=len(order), desc=f"{self.name} writes", unit="text", disable=None) as progress:
+        with tqdm(total=len(order), desc=f"{self.name} writes", unit="text", disable=None, leave=None) as progress:
             for done in self.answer(list(missing.values())) if missing else ():
                 answers = [(order[i], missing[order[i]], generation) for i, generation in done]
                 if self.store is not None:
                     self.store.add(answers)
                 for key, _, generation in answers:
                     found[key] = generation
-                    self.usage.add(generation)
+                    self.count(generation)
                 progress.update(len(answers))
         return [found[key] for key in keys]
 
 
 def checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Texts or conversations. Raises ValueError, naming what is neither."""
+    """Texts, conversations or token ids. Raises ValueError, naming what is none of them."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"prompts must be a list of texts or conversations with at least one, got {prompts!r}")
     for i, prompt in enumerate(prompts):
@@ -144,7 +133,7 @@ def checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
         if not prompt:
             raise ValueError(f"prompt {i} is empty")
         if not isinstance(prompt, str) and not all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+            isinstance(m, int) or (isinstance(m, dict) and {"role", "content"} <= m.keys()) for m in prompt
         ):
             raise ValueError(f"prompt {i} must be a text or a list of {{'role', 'content'}}, got {prompt!r}")
     return list(prompts)

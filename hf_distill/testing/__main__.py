@@ -12,7 +12,7 @@ import transformers
 from datasets import disable_progress_bars
 
 from hf_distill.methods import MethodCard
-from hf_distill.testing import courses, promises
+from hf_distill.testing import courses, promises, selecting
 from hf_distill.testing.runs import Case, RunFailed, import_before_forking
 
 # by name: the check of one card, and what finishes it for all cards at once
@@ -40,7 +40,11 @@ def main(promise: str, cards: str, folder: str) -> None:
     report: dict[str, list[str]] = {}
     cases: list[Case] = []
     for card in listed:
-        report[card.slug] = _problems(check, card, Path(folder) / card.slug, cases)
+        if card.entry == "select":
+            own = selecting.CHECKS.get(promise)
+            report[card.slug] = [] if own is None else _problems(own, card, Path(folder) / card.slug, [])
+        else:
+            report[card.slug] = _problems(check, card, Path(folder) / card.slug, cases)
     if finish is not None:
         for slug, problems in finish([case for case in cases if not report[case.card.slug]], Path(folder)).items():
             report[slug] += problems

@@ -33,6 +33,8 @@ def interface(case: Case) -> Iterator[str]:
     for field in fields:
         if not field.metadata.get("help"):
             yield f"{case.config_class.__name__}.{field.name} has no help"
+    if not callable(getattr(case.module, case.card.entry, None)):
+        yield f"its card's entry {case.card.entry!r} is no function of {case.module.__name__}"
     for name in ("build_trainer", "distill"):
         extra = {"resume_from_checkpoint"} if name == "distill" else set()
         try:

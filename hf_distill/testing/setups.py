@@ -262,9 +262,13 @@ def _scores(student, inputs) -> dict[str, float]:
 
 
 from hf_distill.testing.aspects import TinyAspects, TinyHard  # noqa: E402
+from hf_distill.testing.domains import TinyDomains  # noqa: E402
 from hf_distill.testing.few_classes import TinyLELP  # noqa: E402
+from hf_distill.testing.hacking import TinyAnswers  # noqa: E402
 from hf_distill.testing.images import TinyMixKD, TinyNDLoss  # noqa: E402
 from hf_distill.testing.preference import TinyPreference  # noqa: E402
+from hf_distill.testing.privacy import TinySwing  # noqa: E402
+from hf_distill.testing.selection import TinySelection  # noqa: E402
 from hf_distill.testing.vlm import TinyVLM  # noqa: E402  it builds on the classes above
 
 # by a card's slug, or by its (entry, modality)
@@ -273,12 +277,17 @@ SETUPS: dict[str | tuple[str, str], TinyText] = {
     ("distill", "image"): TinyImage(),
     ("distill", "text-classification"): TinySequence(),
     ("distill", "vision-language"): TinyVLM(),
+    "ddk": TinyDomains(),
+    "fidelity": TinyText(),
     "hard_augment": TinyHard(),
     "lelp": TinyLELP(),
     "mix_kd": TinyMixKD(),
+    "miniplm": TinySelection(),
     "multi_aspect": TinyAspects(),
     "nd_loss": TinyNDLoss(),
     "preference_kd": TinyPreference(),
+    "swing": TinySwing(),
+    "teacher_hacking": TinyAnswers(),
 }
 
 

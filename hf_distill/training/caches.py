@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_distill.curricula.collators import PREFIX, DataCollatorForDistillation
 from hf_distill.heads import labels_are_shifted, labels_of
 from hf_distill.objectives import Objective
-from hf_distill.teachers import CachedTeacher, Teacher
+from hf_distill.teachers import CachedTeacher, RemoteTeacher, Teacher
 from hf_distill.teachers.cache.reader import CacheReader
 from hf_distill.teachers.cache.source import prepared_by
 
@@ -21,6 +21,8 @@ def attach_readers(trainer, teacher: Teacher | None, objective: Objective | None
     Raises:
         ValueError: an objective at another temperature than the one that was stored; two caches under one name.
     """
+    if isinstance(teacher, RemoteTeacher) and objective is not None:
+        _check_temperature(objective, f"{teacher.endpoint} tells", 1.0)
     readers = () if teacher is None else teacher.readers
     if not readers:
         return
@@ -36,20 +38,20 @@ def attach_readers(trainer, teacher: Teacher | None, objective: Objective | None
     for reader in readers:
         reader.compare(prepared_by(trainer), trainer.processing_class)
         if objective is not None and reader.temperature is not None:
-            _check_temperature(objective, reader)
+            _check_temperature(objective, f"the cache {reader.path} holds", reader.temperature)
 
 
-def _check_temperature(objective: Objective, reader: CacheReader) -> None:
+def _check_temperature(objective: Objective, who: str, temperature: float) -> None:
     for _, _, leaf in objective.leaves():
         for progress in (0.0, 0.5, 1.0):
             for name, divergence in leaf.logit_terms(progress).items():
                 if getattr(divergence, "full_vocabulary", False):
                     continue
                 asked = getattr(divergence, "temperature", 1.0)
-                if asked != reader.temperature:
+                if asked != temperature:
                     raise ValueError(
-                        f"the cache {reader.path} holds log-probabilities at temperature {reader.temperature}, term "
-                        f"{name!r} of {type(leaf).__name__} asks for {asked}: cache with that temperature, or in mode "
+                        f"{who} log-probabilities at temperature {temperature}, term {name!r} of {type(leaf).__name__} "
+                        f"asks for {asked}: cache the teacher's own model with that temperature, or in mode "
                         '"hidden", which serves every temperature'
                     )
 

@@ -25,9 +25,11 @@ class DistillCallback(TrainerCallback):
     Attributes:
         observed: values (divergences or metrics of `hf_distill.losses`) to measure on every training row beside the
             objective's logit terms, at no further projection; their means are logged under these names.
+        eval_observed: the same for every evaluation, with its prefix; of teachers that give all they need.
     """
 
     observed: dict[str, Divergence] = {}
+    eval_observed: dict[str, Divergence] = {}
 
     dispatch: Callable = staticmethod(lambda event, **values: None)
 
@@ -44,6 +46,10 @@ class DistillCallback(TrainerCallback):
 
     def on_distill_log(self, args, state, control, *, logs: dict, accelerator, **kwargs) -> None:
         """Before training values are logged, on every rank: add your own to `logs`."""
+
+    def on_distill_evaluate(self, args, state, control, *, metrics: dict, prefix: str, **kwargs) -> None:
+        """Before an evaluation is logged, on every rank: add your own to `metrics`, under `<prefix>_<name>`. Also gets
+        model, processing_class and accelerator."""
 
     def on_generate(self, args, state, control, *, prompts: list[str], completions: list[str], **kwargs) -> None:
         """After text was generated for training or for samples."""

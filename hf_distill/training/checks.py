@@ -32,8 +32,8 @@ PROBES = (
 )
 TEMPLATE_KEYS = ("messages", "conversations", "prompt", "completion", "chosen", "tools", "chat_template_kwargs")
 REMEDY = (
-    "A divergence of logits needs one vocabulary. Give both models the same tokenizer, or distil across tokenizers "
-    "with hf_distill.losses.uld_loss"
+    "A divergence of logits needs one vocabulary. Give both models the same tokenizer, or distil across tokenizers: "
+    "objective=ULD(), in recipes --cross_tokenizer uld (its pure form is hf_distill.losses.uld_loss)"
 )
 
 

@@ -188,6 +188,41 @@ def prepare_frozen(model: nn.Module, accelerator, *, placed: bool) -> nn.Module:
     return model.eval()
 
 
+def vllm_generation(trainer):
+    """TRL's vLLM engine for a trainer's model; `sync_weights()`, then `generate(prompts, images, num_generations)`.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise ImportError("use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]', or leave use_vllm out")
+    args = trainer.args
+    return VLLMGeneration(
+        model=trainer.model,
+        accelerator=trainer.accelerator,
+        processing_class=trainer.processing_class,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        server_host=args.vllm_server_host,
+        server_port=args.vllm_server_port,
+        server_timeout=args.vllm_server_timeout,
+        group_port=args.vllm_group_port,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length,
+        max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        temperature=args.sampling_temperature,
+        top_p=args.sampling_top_p,
+        top_k=args.sampling_top_k,
+        max_completion_length=args.max_completion_length,
+    )
+
+
 class NoReference(nn.Module):
     """Stands where DPOTrainer wants a reference model, so that it loads none; what it would say is in the batch."""
 

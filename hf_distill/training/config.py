@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from hf_distill.losses.balance import FORMS
 from hf_distill.losses.engines import ENGINES
+from hf_distill.training.onpolicy_config import OnPolicyArguments
 
 
 @dataclass
@@ -26,6 +27,21 @@ class DistillArguments:
     teacher_model_init_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "JSON of keyword arguments for loading the teacher (device_map, max_memory...)."},
+    )
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server that serves teacher_model_name_or_path under that name "
+            "(http://localhost:8000). teacher_model_init_kwargs then go to the connection: concurrency, max_cost..."
+        },
+    )
+    teacher_top_k: int = field(
+        default=20,
+        metadata={"help": "Log-probabilities asked of the server per token. vLLM: at most --max-logprobs, 20."},
+    )
+    teacher_store: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the server's answers. Default: teacher_answers in output_dir."},
     )
     teacher_dtype: str | None = field(
         default=None,
@@ -113,10 +129,14 @@ class DistillConfig(DistillArguments, TrainingArguments):
 
 
 @dataclass
-class DistillSFTConfig(DistillArguments, SFTConfig):
+class DistillSFTConfig(OnPolicyArguments, DistillArguments, SFTConfig):
     """Settings of DistillSFTTrainer: language models and VLMs on text, chats and prompt-completion data."""
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_text_settings()
 
 
 @dataclass

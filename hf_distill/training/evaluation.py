@@ -62,6 +62,8 @@ class EvaluatesExactly:
 
     def _evaluate_batch(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
         observed = _OBSERVED | self.eval_observed
+        for callback in self._distill_callbacks():
+            observed = observed | callback.eval_observed
         student, _, terms = self._signals(model, batch, observed=observed)
         counts = self._counts(batch)
         for name, term in terms.items():
@@ -86,6 +88,15 @@ class EvaluatesExactly:
             )
         if self.objective is not None:
             output.metrics.update(self._exact_metrics(metric_key_prefix))
+        with random_state_kept(self.args.device):
+            self._dispatch(
+                "on_distill_evaluate",
+                metrics=output.metrics,
+                prefix=metric_key_prefix,
+                model=self.accelerator.unwrap_model(self.model),
+                processing_class=self.processing_class,
+                accelerator=self.accelerator,
+            )
         return output
 
     def _exact_metrics(self, prefix: str) -> dict[str, float]:
@@ -123,7 +134,7 @@ def observable(observed: dict, student, teacher) -> dict:
     if teacher is None or teacher.logits is None:
         observed = {k: v for k, v in observed.items() if getattr(v, "full_vocabulary", False)}
     elif isinstance(teacher.logits, (SparseLogits, SampledLogits)):
-        kept = {k: v for k, v in observed.items() if k != "agreement"}
+        kept = {k: v for k, v in observed.items() if k != "agreement" and getattr(v, "sums_over_support", False)}
         observed = {k: v for k, v in kept.items() if same_temperature(v, teacher.logits)}
     labels = student.labels
     if labels is None or labels.is_floating_point() or labels.dim() != 1:

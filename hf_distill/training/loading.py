@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from hf_distill.objectives import Objective
-from hf_distill.teachers import AdapterOffTeacher, Teacher, load_teacher
+from hf_distill.teachers import AdapterOffTeacher, RemoteTeacher, Teacher, load_teacher
 from hf_distill.teachers.cached import is_cache
 from hf_distill.training import compat
 from hf_distill.training.checks import check_adapter, check_processes
@@ -54,6 +54,8 @@ def teacher_from(teacher, args, quantization_config=None, *, auto_class=None) ->
         if teacher is not None or args.teacher_model_name_or_path is not None:
             raise ValueError("teacher_adapter_off takes the student's base as the teacher: give no other teacher")
         return AdapterOffTeacher(dense_logits=args.dense_logits)
+    if teacher is None and args.teacher_model_server_url is not None:
+        return _served(args, quantization_config)
     if teacher is None:
         teacher = args.teacher_model_name_or_path
     if teacher is None or isinstance(teacher, Teacher):
@@ -75,6 +77,27 @@ def teacher_from(teacher, args, quantization_config=None, *, auto_class=None) ->
     elif args.teacher_load_in_8bit or args.teacher_load_in_4bit or quantization_config is not None:
         raise ValueError("the teacher was passed as a model: quantise it when loading, or pass its path")
     return load_teacher(teacher, **options)
+
+
+def _served(args, quantization_config) -> RemoteTeacher:
+    """The teacher behind teacher_model_server_url."""
+    if args.teacher_model_name_or_path is None:
+        raise ValueError(
+            "teacher_model_server_url needs the name that the server gives the model: --teacher_model_name_or_path"
+        )
+    names = ("teacher_model_revision", "teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_dtype")
+    asked = [name for name in names if getattr(args, name)] + ["quantization_config"] * (
+        quantization_config is not None
+    )
+    if asked:
+        raise ValueError(f"{', '.join(asked)} is the server's matter (teacher_model_server_url): leave it out")
+    return RemoteTeacher(
+        args.teacher_model_server_url,
+        args.teacher_model_name_or_path,
+        k=args.teacher_top_k,
+        store=args.teacher_store or os.path.join(args.output_dir, "teacher_answers"),
+        **(args.teacher_model_init_kwargs or {}),
+    )
 
 
 def require_teacher(objective: Objective | None, teacher: Teacher | None, args) -> None:

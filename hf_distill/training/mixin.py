@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import zlib
 
@@ -260,15 +261,16 @@ class DistillMixin(EvaluatesExactly, SavesObjective, PublishesStudent, TrainsPar
             self.control.should_training_stop = True
             return [], None
         batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(self._without_repeats(next(epoch_iterator)))
-            except StopIteration:
-                break
+        for batch in itertools.islice(epoch_iterator, num_batches):
+            batches.append(self._without_repeats(self._replaced(batch, len(batches))))
         self._count_window(batches, device)
         self._window_sums = {}
         self._before_optimizer_step(batches)
         return batches, None
+
+    def _replaced(self, batch: dict, micro_batch: int) -> dict:
+        """What is learnt from in a micro-batch's place, before anything is counted; see `training.onpolicy`."""
+        return batch
 
     def _count_window(self, batches: list[dict], device: torch.device) -> None:
         counts = [self._counts(batch) for batch in batches]
@@ -290,10 +292,10 @@ class DistillMixin(EvaluatesExactly, SavesObjective, PublishesStudent, TrainsPar
             return batch
         if "loss_rows" in batch:
             kept = batch["document_example"] < keep  # documents stand in the order of their examples
-            rows = kept[batch["row_document"]]
             batch = dict(batch)
             for prefix in ("", "teacher_"):
-                if prefix + "loss_rows" in batch:
+                if prefix + "loss_rows" in batch:  # the teacher's last: what is read of a cache belongs to its tokens
+                    rows = kept[batch[prefix + "row_document"]]
                     batch |= {prefix + k: batch[prefix + k][rows] for k in ("loss_rows", "row_labels", "row_document")}
                     batch[prefix + "document_example"] = batch[prefix + "document_example"][kept]
             batch |= {key: batch[key][rows] for key in getattr(self.data_collator, "row_keys", ())}

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.heads import base_model_of
-from hf_distill.teachers import AdapterOffTeacher, CachedTeacher, EMATeacher, FrozenTeacher, Teacher
+from hf_distill.teachers import AdapterOffTeacher, CachedTeacher, EMATeacher, FrozenTeacher, RemoteTeacher, Teacher
 from hf_distill.training.checks import check_chat_templates, check_has_loss, common_vocabulary
 
 
@@ -44,6 +44,8 @@ def check_pair(student: nn.Module, teacher: Teacher, processing_class, dataset, 
     Raises:
         ValueError: different tokenizers or chat templates, or vocabularies that cannot be compared.
     """
+    if isinstance(teacher, RemoteTeacher):
+        teacher.read_as(processing_class)  # and asks the server whether it cuts text alike, see RemoteTeacher.check
     head = base_model_of(student).get_output_embeddings()
     if head is None or teacher.config is None or args.teacher_adapter_off:
         return

@@ -12,9 +12,11 @@ from trl import SFTTrainer
 from hf_distill.heads import is_encoder_decoder
 from hf_distill.objectives import LogitKD, Objective
 from hf_distill.training.config import DistillConfig, DistillDPOConfig, DistillSFTConfig
+from hf_distill.training.cross_tokenizer import AcrossTokenizers, uld_of
 from hf_distill.training.dpo import DistillDPOTrainer
 from hf_distill.training.loading import arguments_as, load_student, require_teacher, teacher_from
 from hf_distill.training.mixin import DistillMixin
+from hf_distill.training.onpolicy import WritesText
 from hf_distill.training.pairs import check_columns, check_dataset, check_pair, check_prepared
 
 logger = logging.getLogger(__name__)
@@ -80,8 +82,11 @@ class DistillTrainer(DistillMixin, Trainer):
         self._attach(teacher, objective)
 
 
-class DistillSFTTrainer(DistillMixin, SFTTrainer):
+class DistillSFTTrainer(WritesText, DistillMixin, SFTTrainer):
     """SFTTrainer with a teacher. Everything not said here is SFTTrainer's; arguments as DistillTrainer's.
+
+    With `args.lmbda` the student learns from its own samples too, with `args.seq_kd` from the teacher's
+    (docs/on_policy.md).
 
     The objective is the loss: `args.loss_type` is refused, and a MoE student's balance loss is left out, said aloud.
     """
@@ -115,7 +120,12 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
         check_dataset(train_dataset, "train")
         check_columns(train_dataset, args)
         model, processing_class = load_student(model, args, processing_class, quantization_config, peft_config)
-        if teacher is not None:
+        uld = uld_of(objective)
+        if uld is not None:
+            across = AcrossTokenizers(uld, model, teacher, processing_class, args, data_collator)
+            teacher, args, data_collator = across.teacher, across.args, across.collator
+            train_dataset, eval_dataset = across.align(train_dataset), across.align(eval_dataset)
+        elif teacher is not None:
             check_pair(model, teacher, processing_class, train_dataset, args)
         super().__init__(
             model=model,
@@ -137,6 +147,7 @@ class DistillSFTTrainer(DistillMixin, SFTTrainer):
                 type(self.model).__name__,
             )
         self._attach(teacher, objective)
+        self._attach_writing()
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "base", data_collator))

@@ -207,6 +207,13 @@ def test_unknown_rows_and_missing_data_pass(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_a_method_is_run_without_the_rows_that_its_card_compares_with():
+    rows = evidence_vision.TABLES["sst2"].rows
+    asked = {name for name, row in rows.items() if evidence_vision.wanted(name, row, ["sinkd"])}
+    assert {"SinKD", *evidence_cards.BESIDE["sinkd"]} <= asked and not {"DKD", "LELP"} & asked
+    assert set(evidence_cards.BESIDE) <= {row.slug for row in rows.values()}
+
+
 def test_every_table_has_what_it_is_compared_with():
     for name, table in evidence_vision.TABLES.items():
         assert list(table.rows)[:2] == [ALONE, KD], name

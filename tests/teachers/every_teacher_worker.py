@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 tests/teachers/every_teacher_worker.py OUTPUT
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -44,11 +45,13 @@ from hf_distill import (
     MutualKD,
     PeerTeacher,
     PrivilegedTeacher,
+    RemoteTeacher,
     RoutedTeacher,
     TeacherInputs,
     cache_teacher,
 )
 from tests.helpers import SGD, dpo_arguments, plain_arguments, sft_arguments, tiny_llama, tiny_tokenizer
+from tests.teachers.local_endpoint import MODEL, local_endpoint
 
 ROWS = 8
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, num_labels=3, initializer_range=0.2)
@@ -142,6 +145,7 @@ class Cell:
 
     def __init__(self, teacher: str, task: str, folder: Path):
         self.name, self.task_name, self.task, self.folder = teacher, task, TASKS[task], folder
+        self.opened = contextlib.ExitStack()
 
     def frozen(self, seed: int = 2) -> FrozenTeacher:
         tokenizer = None if self.task_name == "vit" else tiny_tokenizer()
@@ -162,6 +166,10 @@ class Cell:
     def several(self) -> dict[str, FrozenTeacher]:
         return {"a": self.frozen(2), "b": self.frozen(3)}
 
+    def remote(self) -> RemoteTeacher:
+        server = self.opened.enter_context(local_endpoint(llama(32, 2), tiny_tokenizer()))
+        return RemoteTeacher(server.url, MODEL, k=64, store=self.folder / "answers")  # all that there are
+
     TEACHERS = {
         "frozen": lambda cell: cell.frozen(),
         "8bit": lambda cell: cell.quantised(8),
@@ -178,6 +186,7 @@ class Cell:
         "ensemble": lambda cell: EnsembleTeacher(cell.several(), [0.3, 0.7]),
         "routed": lambda cell: RoutedTeacher(cell.several()),
         "gated": lambda cell: EnsembleTeacher(cell.several()),
+        "remote": lambda cell: cell.remote(),
         "text": lambda cell: LocalTextTeacher(llama(32, 2), tiny_tokenizer()),
     }
 
@@ -226,6 +235,8 @@ class Cell:
             trainer.train()
         except (ValueError, TypeError) as error:
             return {"refused": f"{type(error).__name__}: {error}", "built": trainer is not None}, {}
+        finally:
+            self.opened.close()
         student = {k: v.clone() for k, v in trainer.student().state_dict().items()}
         facts = {
             "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],

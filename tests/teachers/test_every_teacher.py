@@ -23,6 +23,7 @@ OUTCOMES = {
     "trains": None,
     "no rows": r'this teacher has no rows before a head: use mode="logits" .* or "topk"',
     "no logits": "needs logits of its teacher, {kind} gives only scores or text: use a FrozenTeacher",
+    "no tokens": "tells of the next token: the student must be a causal language model",
     "no model": "needs a teacher model as its reference: .*FrozenTeacher, or a CachedTeacher .*; got {kind}",
     "no scores": r'the {kind} .* does not hold how likely each answer is: .*cache_teacher\(.*mode="scores"\)',
 }
@@ -43,6 +44,7 @@ TABLE = """
     ensemble        EnsembleTeacher    trains     trains     trains     no model
     routed          RoutedTeacher      trains     trains     trains     no model
     gated           EnsembleTeacher    trains     trains     trains     no model
+    remote          RemoteTeacher      no tokens  no tokens  trains     no model
     text            LocalTextTeacher   no logits  no logits  no logits  no model
 """
 HEADER, *LINES = (re.split(r"\s{2,}", line.strip()) for line in TABLE.strip().splitlines())
@@ -51,7 +53,7 @@ EXPECTED = {f"{line[0]}-{task}": (line[1], line[2 + i]) for line in LINES for i,
 SAME = {
     "bert": {"frozen", "cached_logits", "cached_topk"},
     "vit": {"frozen", "cached_logits", "cached_topk"},
-    "sft": {"frozen", "cached_logits", "cached_hidden"},
+    "sft": {"frozen", "cached_logits", "cached_hidden", "remote"},  # of k = 64 words
     "dpo": {"frozen", "cached_scores"},
 }
 

@@ -108,8 +108,11 @@ class TopK:
     names = ("ids", "log_probs")
 
     def rows(self, signals: Signals, documents: list[Document]) -> dict[str, Tensor]:
-        parts = [x.topk(self.k) for x in log_probs_in_tiles(signals.logits, self.temperature)]
-        log_probs, ids = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
+        if isinstance(signals.logits, SparseLogits):  # an endpoint's, likeliest first
+            ids, log_probs = (x[:, : self.k].cpu() for x in (signals.logits.ids, signals.logits.log_probs))
+        else:
+            parts = [x.topk(self.k) for x in log_probs_in_tiles(signals.logits, self.temperature)]
+            log_probs, ids = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
         out = {"ids": ids, "log_probs": log_probs.to(DTYPES[self.dtype])}
         return out if self._exact else out | {"log_mass": log_probs.float().logsumexp(-1, keepdim=True)}
 

@@ -46,10 +46,14 @@ def _digest(text: str) -> str:
 
 
 def teacher_fingerprint(teacher) -> dict:
-    """Compared: revision, weights, dtype, bits, and how its logits are read. Its name is told, not compared."""
+    """Compared: revision, weights, dtype, bits, how its logits are read, and what an endpoint serves.
+
+    Its name is told, not compared.
+    """
     described = teacher.describe()
     model = getattr(teacher, "model", None)
-    return {
+    served = getattr(teacher, "served", None)
+    return ({} if served is None else {"served": served}) | {
         "revision": teacher.revision,
         "weights": None if model is None else weights_digest(model),
         "dtype": described.get("teacher_dtype"),

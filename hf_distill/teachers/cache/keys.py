@@ -67,6 +67,17 @@ def documents_of(batch: dict, features: list[dict], labels_of: str = "positions"
     ]
 
 
+def token_documents(batch: dict) -> list[tuple[Tensor, Tensor]]:
+    """(token ids (T,), positions of the loss rows (n,)) of a causal language model's documents with loss rows.
+
+    Args:
+        batch: see `documents_of`.
+    """
+    places = _packed_places(batch) if is_flattened(batch) else _padded_places(batch, "positions")
+    ids = batch["input_ids"].flatten()
+    return [(ids[begin:end], positions) for _, begin, end, _, positions in places]
+
+
 def is_flattened(batch: dict) -> bool:
     """Whether documents follow each other without padding, in one row."""
     return "position_ids" in batch and MASK not in batch and "input_ids" in batch

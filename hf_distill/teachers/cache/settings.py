@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_distill.signals import HeadLogits, Signals
+from hf_distill.signals import HeadLogits, Signals, SparseLogits
 from hf_distill.teachers.cache.codecs import (
     DTYPES,
     INT8,
@@ -35,7 +35,9 @@ def label_log_probs(signals: Signals) -> dict[str, Tensor]:
     return {"log_probs": torch.cat(parts) if parts else torch.zeros(0)}
 
 
-def codec_for(mode: str, probe: Signals, scores: ScoreFunction | None, **options) -> Codec:
+def codec_for(
+    mode: str, probe: Signals, scores: ScoreFunction | None, vocabulary: int | None = None, **options
+) -> Codec:
     """The mode's settings, completed and checked by what the teacher said of the first batch."""
     if mode == "scores":
         per = options["per"]
@@ -46,9 +48,18 @@ def codec_for(mode: str, probe: Signals, scores: ScoreFunction | None, **options
     logits, dtype, kinds = probe.logits, options["dtype"], (*DTYPES, INT8) if mode == "hidden" else tuple(DTYPES)
     if dtype not in ("auto", *kinds):
         raise ValueError(f"dtype must be one of auto, {', '.join(kinds)} in mode {mode!r}, got {dtype!r}")
+    if mode == "topk" and isinstance(logits, SparseLogits) and logits.temperature == options["temperature"]:
+        if not 1 <= options["k"] <= logits.shape[-1]:
+            raise ValueError(
+                f"k must lie between 1 and the {logits.shape[-1]} that the teacher tells, got {options['k']}"
+            )
+        return TopK(vocabulary, options["k"], logits.temperature, "float32" if dtype == "auto" else dtype)
     if not isinstance(logits, (HeadLogits, torch.Tensor)):
         kind = type(logits).__name__
-        raise ValueError(f"mode {mode!r} needs one teacher's own logits, got {kind}: cache each teacher by itself")
+        raise ValueError(
+            f"mode {mode!r} needs one teacher's own logits, got {kind}: cache each teacher by itself, an endpoint in "
+            'mode="topk" at temperature 1'
+        )
     if mode == "hidden":
         if not isinstance(logits, HeadLogits):
             raise ValueError('this teacher has no rows before a head: use mode="logits" (few classes) or "topk"')

@@ -28,6 +28,7 @@ from hf_distill.teachers.cache.fingerprint import differences, teacher_fingerpri
 from hf_distill.teachers.cache.settings import ScoreFunction, codec_for, label_log_probs
 from hf_distill.teachers.cache.source import Source, source_of
 from hf_distill.teachers.cached import FORMAT, MANIFEST, TEACHER, CachedTeacher
+from hf_distill.teachers.remote import RemoteTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +108,12 @@ def cache_teacher(
     if shard_examples < 1 or batch_size < 1:
         raise ValueError(f"shard_examples and batch_size must be at least 1, got {shard_examples} and {batch_size}")
     scores = (scores or label_log_probs) if mode == "scores" else None
+    if scores and isinstance(teacher, RemoteTeacher):
+        raise ValueError(f"{teacher.name} tells its top-k alone: mode must be topk, got {mode!r}")
     run = _Run(teacher, source, Path(path), needs if scores else frozenset({"logits"}), scores, state.device)
     probe = run.probe()
     options = dict(k=k, draws=draws, alpha=alpha, temperature=temperature, dtype=dtype, seed=seed, per=per)
-    run.codec = codec_for(mode, probe, scores, **options)
+    run.codec = codec_for(mode, probe, scores, teacher.vocabulary_size(), **options)
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run.folder / f".lock-{rank}", timeout=0):
