@@ -41,27 +41,32 @@ class Step:
         return f"python -m benchmarks.{self.module} {self.flags}"
 
 
-STEPS: dict[str, list[Step]] = {
-    slug: [
-        Step("evidence_lm", "--data DIR --set tinyshakespeare", LANGUAGE[:1]),
-        Step("evidence_lm", "--data DIR --set gsm8k --teacher_steps 1000", LANGUAGE[1:]),
-        Step("evidence_lm", "--data DIR --set tinyshakespeare --pretrain 600 --steps 250", LANGUAGE[:1]),
-        Step("evidence_lm", "--data DIR --set gsm8k --pretrain 600 --steps 250", LANGUAGE[1:]),
-    ]
-    for slug in ("logit_kd", "taid")
-} | {
-    "llava_mod": [
-        Step("evidence_vlm", "--set digits --seeds 0 1 2 3 4"),
-        Step("evidence_vlm", "--set nlvr --data DIR --seeds 0 1 2", ("nlvr",)),
-    ],
-    "ddk": [Step("evidence_ddk", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
-    "fidelity": [Step("evidence_fidelity", "--data DIR --seeds 3", LANGUAGE[:1])],
-    "miniplm": [Step("evidence_miniplm", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
-    "onpolicy": [Step("evidence_onpolicy", "--data DIR --seeds 3", LANGUAGE[:1])],  # no method but a way of training
-    "swing": [Step("evidence_swing", "--data DIR --seeds 3", LANGUAGE[:1])],
-    "teacher_hacking": [Step("evidence_hacking", "--data DIR --seeds 3", LANGUAGE[:1])],
-    "uld": [Step("evidence_uld", "--data DIR --seeds 3", LANGUAGE[:1])],
-}
+STEPS: dict[str, list[Step]] = (
+    {
+        slug: [
+            Step("evidence_lm", "--data DIR --set tinyshakespeare", LANGUAGE[:1]),
+            Step("evidence_lm", "--data DIR --set gsm8k --teacher_steps 1000", LANGUAGE[1:]),
+            Step("evidence_lm", "--data DIR --set tinyshakespeare --pretrain 600 --steps 250", LANGUAGE[:1]),
+            Step("evidence_lm", "--data DIR --set gsm8k --pretrain 600 --steps 250", LANGUAGE[1:]),
+        ]
+        for slug in ("logit_kd", "taid")
+    }
+    | {
+        "llava_mod": [
+            Step("evidence_vlm", "--set digits --seeds 0 1 2 3 4"),
+            Step("evidence_vlm", "--set nlvr --data DIR --seeds 0 1 2", ("nlvr",)),
+        ],
+        "ddk": [Step("evidence_ddk", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
+        "fidelity": [Step("evidence_fidelity", "--data DIR --seeds 3", LANGUAGE[:1])],
+        "miniplm": [Step("evidence_miniplm", "--data DIR --seeds 3", ("wikitext2", *LANGUAGE))],
+        "onpolicy": [
+            Step("evidence_onpolicy", "--data DIR --seeds 3", LANGUAGE[:1])
+        ],  # no method but a way of training
+        "swing": [Step("evidence_swing", "--data DIR --seeds 3", LANGUAGE[:1])],
+        "teacher_hacking": [Step("evidence_hacking", "--data DIR --seeds 3", LANGUAGE[:1])],
+        "uld": [Step("evidence_uld", "--data DIR --seeds 3", LANGUAGE[:1])],
+    }
+)
 
 
 def steps_of(slug: str) -> list[Step]:

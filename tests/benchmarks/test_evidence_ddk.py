@@ -37,7 +37,7 @@ def run(folder) -> None:
 
 def test_a_second_call_trains_again_or_a_lost_run_is_not_made_anew(folder):
     records = {path: path.stat().st_mtime_ns for path in (folder / "work" / "records").iterdir()}
-    assert len(records) == len(evidence.ROWS) * (len(evidence.RATES) + 2)
+    assert len(records) == len(evidence.CASES) * len(evidence.ROWS) * (len(evidence.RATES) + 2)
     lost = next(path for path in records if json.loads(path.read_text())["run"]["test"])
     lost.unlink()
     run(folder)
@@ -45,7 +45,7 @@ def test_a_second_call_trains_again_or_a_lost_run_is_not_made_anew(folder):
 
 
 def test_a_row_draws_by_another_mixture_than_its_name(folder):
-    rows = json.loads((folder / "results" / "evidence_ddk.json").read_text())["rows"]
+    rows = json.loads((folder / "results" / "evidence_ddk.json").read_text())["cases"]["prose"]["rows"]
     shares = {row: [v for k, v in each["runs"][0]["rounds"][0].items() if "/r/" in k] for row, each in rows.items()}
     assert shares[evidence.UNIFORM] == [0.25] * 4
     assert shares[evidence.NATURAL] == shares[evidence.ALONE] != shares[evidence.UNIFORM]
@@ -59,7 +59,7 @@ def test_the_card_lacks_a_row_or_a_path_is_printed(folder, tmp_path):
     write_cards(folder / "results", tmp_path)
     text = (tmp_path / "ddk.md").read_text()
     assert all(f"| {row} |" in text for row in evidence.ROWS)
-    assert f"| DDK | {evidence.UNIFORM} |" in text
+    assert text.count("| DDK beside |") == 2 and text.count(f"| {evidence.UNIFORM} |") == 4
     assert "--data DIR" in text and str(folder) not in text and (tmp_path / "evidence_ddk.png").is_file()
     result = json.loads((folder / "results" / "evidence_ddk.json").read_text())
-    assert {"command", "machine", "versions", "commit", "before"} <= result.keys()
+    assert {"command", "machine", "versions", "commit", "cases"} <= result.keys()

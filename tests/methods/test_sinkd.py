@@ -172,6 +172,7 @@ def test_language_rows_are_compared_on_other_entries_than_the_teacher_s():
 def test_the_temperature_does_not_come_down_by_epochs():
     made = SinKD(SinKDConfig(kd_temperature=4.0, kd_anneal=True), epochs=4)
     assert [made.temperature_at(step / 40) for step in (0, 9, 10, 20, 39, 40)] == [4.0, 4.0, 3.0, 2.0, 1.0, 1.0]
+    assert made.logit_terms(0.5)["kd"].temperature == 2.0
     assert SinKD(SinKDConfig(kd_temperature=4.0, kd_anneal=True), epochs=1).temperature_at(0.9) == 4.0
     assert SinKD(SinKDConfig(kd_temperature=4.0, kd_anneal=True)).temperature_at(0.5) == 2.5
     assert SinKD(SinKDConfig(kd_temperature=4.0), epochs=4).temperature_at(0.9) == 4.0
