@@ -52,9 +52,9 @@ def setting(result: dict) -> str:
         f"Python's standard library is split by module. Teacher: a Llama of {result['teacher_parameters']:,} "
         f"parameters, {sizes['teacher_steps']} steps on all four, evenly mixed. Student: "
         f"{result['student_parameters']:,} parameters, first {sizes['pretrain_steps']} steps on the labels of two "
-        f"domains. Then {sizes['steps']} steps of {sizes['batch']} × {sizes['block']} tokens for every row. An interval "
-        f"is {sizes['interval']} steps, a validation set {sizes['validation']} blocks; gamma is 0.2 but in the first "
-        f"row. Learning rate: the best of {rates} by the mean cross-entropy over domains on validation, with "
+        f"domains. Then {sizes['steps']} steps of {sizes['batch']} × {sizes['block']} tokens for every row. One "
+        f"interval is {sizes['interval']} steps, a validation set {sizes['validation']} blocks; gamma is 0.2, in "
+        f"the first row 0. Learning rate: the best of {rates} by the mean cross-entropy over domains on validation, with "
         f"{sizes['tune_share']:.0%} of the steps and the first seed. Figures are of test sets that no mixture has seen."
     )
 

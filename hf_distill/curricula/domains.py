@@ -167,6 +167,9 @@ class DomainMixtureSampler(Sampler[int]):
 class MixtureObjective(LogitKD):
     """A loss on logits that also says how domains are mixed; perplexities are kept in its state.
 
+    Logged are `ddk/r/<domain>` and `ddk/drawn/<domain>` of the present round, and `ddk/ppl_ratio/<domain>` as measured
+    at its start: at a round's last step these are already the next one's.
+
     Args:
         domains: their names; all vectors below are in this order.
         interval: optimizer steps of a round.

@@ -284,6 +284,20 @@ def test_a_cached_teacher_is_another(tmp_path):
         trainer_of(tmp_path / "sparse", teacher=caches["topk"]).train()
 
 
+def test_a_quantised_teacher_is_not_measured(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(64, 2, seed=1).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    found = []
+    for options in ({}, {"load_in_8bit": True}):
+        teacher = FrozenTeacher.from_pretrained(str(tmp_path / "teacher"), **options)
+        trainer = trainer_of(tmp_path / str(len(options)), teacher=teacher)
+        trainer.train()
+        found.append(trainer.objective.state["teacher_ppl"])
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=0.1, atol=0)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def test_bad_data_are_trained_on(tmp_path):
     with pytest.raises(ValueError, match="no column 'domain'"):

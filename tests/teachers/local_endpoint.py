@@ -197,6 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
             first["prompt_logprobs"][2].popitem()
         if fault == "fewer tokens":
             first["prompt_logprobs"].pop()
+        if fault == "other tokens":
+            for entry in first["prompt_logprobs"][1:]:
+                del entry[next(iter(entry))]  # the one that was sent
         if fault == "tempered":
             for entry in first["prompt_logprobs"][1:]:
                 for told in entry.values():

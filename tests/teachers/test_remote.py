@@ -243,6 +243,7 @@ FATAL = {
         "[67] log-probabilities came for a token where 8 were asked for|behind it",
     ),
     "fewer tokens": (TeacherProtocolError, r"told of \d+ tokens where the prompt has \d+"),
+    "other tokens": (TeacherProtocolError, r"token \d+ of the prompt is \d+ and it told of .*another tokenizer"),
     "tempered": (TeacherProtocolError, "probabilities sum to .*raw_logprobs"),
     400: (TeacherRequestError, "400.*must be at most 20"),
     503: (TeacherUnavailable, "503"),
