@@ -54,8 +54,8 @@ def setting(result: dict) -> str:
         f"{result['student_parameters']:,} parameters, first {sizes['pretrain_steps']} steps on the labels of two "
         f"domains. Then {sizes['steps']} steps of {sizes['batch']} × {sizes['block']} tokens for every row. One "
         f"interval is {sizes['interval']} steps, a validation set {sizes['validation']} blocks; gamma is 0.2, in "
-        f"the first row 0. Learning rate: the best of {rates} by the mean cross-entropy over domains on validation, with "
-        f"{sizes['tune_share']:.0%} of the steps and the first seed. Figures are of test sets that no mixture has seen."
+        f"the first row 0. Learning rate: the best of {rates} by the mean cross-entropy over domains on validation, "
+        f"with {sizes['tune_share']:.0%} of the steps and the first seed. Figures are of test sets no mixture has seen."
     )
 
 

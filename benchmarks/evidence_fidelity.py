@@ -65,7 +65,7 @@ class Plan:
     token_warm_steps: int = 60
     steps: int = 200
     token_steps: int = 100
-    teacher_steps: int = 260
+    teacher_steps: int = 300
     token_teacher_steps: int = 250
     batch: int = 32
     train: int = 1000
@@ -220,13 +220,13 @@ def trainer_of(task: Task, settings: dict, student, part: str, rate: float, seed
 
 def taught(task: Task, work: Path, size: tuple[int, int], steps: int) -> FrozenTeacher:
     """The teacher, trained on the labels once and kept."""
-    folder = on_labels(task, work, f"teacher-{task.name}", size, "teacher", 2e-3, 1000, steps)
+    folder = on_labels(task, work, f"teacher-{task.name}-{steps}", size, "teacher", 2e-3, 1000, steps)
     return FrozenTeacher.from_pretrained(str(folder))
 
 
 def started(task: Task, work: Path, seed: int) -> LlamaForCausalLM:
     """The student that every row of a seed goes on with."""
-    name = f"student-{task.name}-{seed}"
+    name = f"student-{task.name}-{task.warm_steps}-{seed}"
     return LlamaForCausalLM.from_pretrained(
         on_labels(task, work, name, task.student, "train", 1e-2, seed, task.warm_steps)
     )

@@ -67,10 +67,13 @@ class DomainMixtureTrainer(DistillSFTTrainer):
                 f"has {', '.join(sorted(eval_dataset)) or 'none'}"
             )
         self.domain_column = domain_column
+        unnamed = {
+            name: data.remove_columns([domain_column] if domain_column in data.column_names else [])
+            for name, data in eval_dataset.items()
+        }
         super().__init__(
-            model, objective=objective, train_dataset=train_dataset, eval_dataset=dict(eval_dataset), args=args,
-            **arguments,
-        )  # fmt: skip
+            model, objective=objective, train_dataset=train_dataset, eval_dataset=unnamed, args=args, **arguments
+        )
         count = objective.interval * self.get_total_train_batch_size(self.args)
         rows = self._rows_of_domains()
         natural = torch.tensor([float(len(own)) for own in rows])
@@ -108,9 +111,11 @@ class DomainMixtureTrainer(DistillSFTTrainer):
                 part, processing_class, args, packing, formatting_func, name
             )
 
-        if self.domain_column not in dataset.column_names:
+        if dataset_name != "train" or self.domain_column not in dataset.column_names:
             return prepared(dataset, dataset_name)
         parts = {name: prepared(d, name) for name, d in split_by_domain(dataset, self.domain_column).items()}
+        if not any(map(len, parts.values())):
+            return next(iter(parts.values()))  # the caller says that nothing is left
         return with_domains(parts, self.domain_column)
 
     # ---- drawing -----------------------------------------------------------------------------------------------------

@@ -189,6 +189,9 @@ def test_validation_rows_are_trained_on(tmp_path):
     assert len(trainer.train_dataset) == 18 and not held & {tuple(ids) for ids in trainer.train_dataset["input_ids"]}
     given = trainer_of(tmp_path, arguments={"eval_dataset": texts(12)})
     assert len(given.train_dataset) == 24 and [len(d) for d in given.eval_dataset.values()] == [2, 2, 2]
+    parts = {name: texts(24).filter(lambda row, own=name: row["domain"] == own) for name in ("even", "odd", "prime")}
+    named = trainer_of(tmp_path, arguments={"eval_dataset": parts})
+    assert [len(d) for d in named.eval_dataset.values()] == [8, 8, 8]
 
 
 def test_factors_do_not_follow_what_was_measured(tmp_path, monkeypatch):
@@ -327,6 +330,8 @@ def masked(rows: int, domains: tuple[str, ...]) -> Dataset:
 def test_a_domain_with_nothing_to_learn_or_to_measure_is_drawn(tmp_path):
     with pytest.raises(ValueError, match="domain 'silent' has no row with a label left after preparation"):
         trainer_of(tmp_path, train=masked(12, ("loud", "silent")))
+    with pytest.raises(ValueError, match="none of the 8 examples has a label left"):
+        trainer_of(tmp_path, train=masked(12, ("silent", "silent ")).map(lambda row: {"labels": [-100] * 4}))
     skipped = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     with pytest.raises(ValueError, match="domain 'silent', training rows: all labels"):
         trainer_of(tmp_path, train=masked(12, ("loud", "silent")), **skipped)
