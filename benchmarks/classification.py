@@ -110,6 +110,7 @@ class Row:
         choices: changes of the settings that are tried at the best learning rate; the first is none.
         needs_index: batches carry each example's row of the train set.
         prepare: changes the train set (columns, augmentation); called as prepare(train, task).
+        like: a row whose learning rate and changes it takes, in place of choosing: a control that differs in one thing.
         make_teacher: (task, seed) -> another teacher.
         extra: (trainer, task) -> more measures, taken after training.
         stretch: times the table's steps, for a control that is given as much time as slower rows take.
@@ -125,6 +126,7 @@ class Row:
     make_teacher: Callable | None = None
     extra: Callable | None = None
     stretch: float = 1.0
+    like: str = ""
     note: str = ""
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import cifar, classification_tasks
 from benchmarks.classification import Row, Table, Task
-from benchmarks.evidence_cards import ALONE, ALONE_TIME, JS, KD, REVERSE
+from benchmarks.evidence_cards import ALONE, ALONE_TIME, JS, KD, NO_TRANSPORT, REVERSE
 from hf_distill.baselines import OBJECTIVES
 from hf_distill.objectives import Objective
 from hf_distill.teachers import MutualKD, PeerTeacher
@@ -146,11 +146,8 @@ TEXT = (
             note="temperature 2, 1 or 4 of its cross-entropy with the teacher, or thirty times the transport, chosen "
             "like the learning rate",
         ),
-        "SinKD, without transport": Row(
-            "sinkd",
-            settings={"sinkhorn_weight": 0.0},
-            choices=({}, *({"kd_temperature": t} for t in (1.0, 4.0, 10.0))),
-            note="a control: what is left of the objective; temperature 2, 1, 4 or 10",
+        NO_TRANSPORT: Row(
+            "sinkd", settings={"sinkhorn_weight": 0.0}, like="SinKD", note="a control: SinKD's choices and nothing else"
         ),
     }
 )

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 START, END = "<!-- evidence -->", "<!-- end of evidence -->"
 ALONE, KD, ALONE_TIME = "student alone", "Hinton KD", "student alone, equal time"
-REVERSE, JS = "reverse KL", "Jensen-Shannon"
-BESIDE = {"sinkd": (REVERSE, JS)}  # rows that a method's card compares with, too
+REVERSE, JS, NO_TRANSPORT = "reverse KL", "Jensen-Shannon", "SinKD, without transport"
+BESIDE = {"sinkd": (REVERSE, JS, NO_TRANSPORT)}  # rows that a method's card compares with, too
 LABELS = {
     "accuracy": "accuracy, higher",
     "macro_f1": "macro F1, higher",

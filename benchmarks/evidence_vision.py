@@ -64,6 +64,7 @@ class Study:
 
     def chosen(self, name: str) -> dict | None:
         """Learning rate and changes of a row, tried where they have not been; None while another process tries them."""
+        name = self.rows[name].like or name
         row = self.rows[name]
         asked = self.asked(row)
         found = self.records.read(f"{name} choice", asked)
@@ -127,7 +128,8 @@ class Study:
         """The table as far as it is known, of all processes."""
         rows = {}
         for name, row in self.table.rows.items():
-            choice = self.records.read(f"{name} choice", self.asked(row))
+            chosen = row.like or name
+            choice = self.records.read(f"{chosen} choice", self.asked(self.table.rows[chosen]))
             if choice is None:
                 continue
             asked = (self.asked(row, rate=choice["rate"], changes=choice["changes"], seed=seed) for seed in range(100))

@@ -8,12 +8,12 @@ sets does not, and it sees the relations between the examples. Beside the usual 
     L    = alpha · CE(teacher, student; T) + (1 - alpha) · CE(labels) + beta · s · SD
 
     accelerate launch recipes/sinkd.py --model_name_or_path ... --teacher_model_name_or_path ... --dataset_name ...
-    accelerate launch recipes/sinkd_language.py ...                     # causal and encoder-decoder language models
+    accelerate launch recipes/sinkd_language.py ...                     # language models
 
-The numbers are those of the paper's scripts for GLUE (for T0 and GPT-Neo: `--kd_weight 0.1 --label_weight 1
---kd_temperature 1 --sinkhorn_weight 1 --sinkhorn_scale 0.0008`). Ours: T = 2 (they choose 1 to 4 per task); which rows
-and entries of language models are compared; kd_anneal in runs that are counted in steps; an MSE on the labels of a
-regression.
+Encoder-decoders go through `build_trainer` with a DistillConfig. The numbers are those of the paper's scripts for GLUE
+(for T0 and GPT-Neo: `--kd_weight 0.1 --label_weight 1 --kd_temperature 1 --sinkhorn_weight 1 --sinkhorn_scale 0.0008`).
+Ours: T = 2 (they choose 1 to 4 per task); which rows and entries of language models are compared; kd_anneal in runs
+that are counted in steps; an MSE on the labels of a regression.
 """
 
 from __future__ import annotations
