@@ -48,9 +48,9 @@ ROWS: dict[str, dict] = {
     UNIFORM: {"mixing": "uniform"},
     OURS: {},
 }
-CASES = {  # what a student knows before, by a name for what it does not
-    "prose": ("gsm8k", "stdlib"),  # the teacher itself finds the known sources hardest of all four
-    "prose and code": ("gsm8k", "tinyshakespeare"),
+CASES = {  # what a student does not know before -> what it does
+    "wikitext2 and tinyshakespeare": ("gsm8k", "stdlib"),
+    "wikitext2 and stdlib": ("gsm8k", "tinyshakespeare"),  # stdlib is what the teacher itself finds hardest
 }
 PARTS = ("train", "validation", "test")
 

@@ -45,7 +45,8 @@ def test_a_second_call_trains_again_or_a_lost_run_is_not_made_anew(folder):
 
 
 def test_a_row_draws_by_another_mixture_than_its_name(folder):
-    rows = json.loads((folder / "results" / "evidence_ddk.json").read_text())["cases"]["prose"]["rows"]
+    cases = json.loads((folder / "results" / "evidence_ddk.json").read_text())["cases"]
+    rows = next(iter(cases.values()))["rows"]
     shares = {row: [v for k, v in each["runs"][0]["rounds"][0].items() if "/r/" in k] for row, each in rows.items()}
     assert shares[evidence.UNIFORM] == [0.25] * 4
     assert shares[evidence.NATURAL] == shares[evidence.ALONE] != shares[evidence.UNIFORM]
