@@ -262,3 +262,73 @@ def test_an_own_callback_is_ten_lines_and_logs(example, tmp_path):
     trainer = own.main(str(tmp_path), steps=5, **QUIET)
     logged = [line["teacher_entropy"] for line in trainer.state.log_history if "teacher_entropy" in line]
     assert len(logged) == 1 and 0 < logged[0] < 10
+
+
+# ---- numbers that a schedule, a default or a mask must not shift ----------------------------------------------------
+@pytest.mark.parametrize(
+    ("schedule", "progress", "share"),
+    [("linear", 0.25, 0.25), ("cosine", 0.25, 0.5 - 2**0.5 / 4), ("cosine", 0.5, 0.5), ("cosine", 1.0, 1.0)],
+)
+def test_a_schedule_passes_another_point(schedule, progress, share):
+    assert scheduled(schedule, 1.0, 3.0, progress) == pytest.approx(1 + 2 * share)
+    assert scheduled(schedule, 1.0, 3.0, -0.5) == 1.0 and scheduled(schedule, 1.0, 3.0, 1.5) == 3.0
+
+
+@pytest.mark.parametrize("field", ["temperature", "temperature_end"])
+@pytest.mark.parametrize("value", [0.0, -0.5, -2.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_taken(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be positive"):
+        LogitKD(**{field: value})
+    LogitKD(**{field: 0.5})
+
+
+def test_features_of_the_last_layers_are_not_the_default():
+    assert FeatureKD().layers == ((-1, -1),) and FeatureKD().weights(0.5) == {"feature": 1.0}
+
+
+def test_features_of_an_empty_sample_or_of_no_row_are_not_a_number():
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 4, H, generator=draw), torch.randn(2, 4, H, generator=draw)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    student, teacher = (Signals(hidden_states=(x,), batch={"attention_mask": mask}) for x in states)
+    objective = FeatureKD()
+    objective.projectors.append(nn.Identity())
+    found = objective.other_terms(student, teacher, 0.0)["feature"]
+    torch.testing.assert_close(found, (states[0] - states[1]).pow(2).mean(-1)[0, :2].mean() / 2)
+    none = Rows(*(torch.zeros(0, dtype=torch.int64) for _ in range(4)))
+    student, teacher = (Signals(hidden_states=(x,), rows=none) for x in states)
+    assert objective.other_terms(student, teacher, 0.0)["feature"] == 0
+
+
+class Halved(LogitKD):
+    """A term whose rows are weighted."""
+
+    def row_weights(self, student, teacher, progress):
+        return {"kd": torch.linspace(0.25, 2.0, N)}
+
+
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_weights_of_rows_and_of_documents_are_not_multiplied(per):
+    student, teacher = signals(0), signals(1)
+    found = Halved(per=per)(student, teacher, 0.0)["kd"].value
+    rows = module.run_terms(
+        student.logits.hidden @ student.logits.weight.T,
+        teacher.logits.hidden @ teacher.logits.weight.T,
+        {"kd": (LogitKD().logit_terms(0.0)["kd"], 1.0)},
+        reduction="none",
+    )["kd"]
+    weights = torch.linspace(0.25, 2.0, N)
+    shared = sample_row_weights(student) if per == "sample" else 1.0
+    torch.testing.assert_close(found, (rows * weights * shared).mean())
+
+
+def test_what_is_only_observed_takes_part_in_another_projection(monkeypatch):
+    calls = []
+    run = module.run_terms
+    monkeypatch.setattr(module, "run_terms", lambda *a, **k: calls.append(list(a[2])) or run(*a, **k))
+    both = LogitKD(per="sample") + LogitKD("tvd")
+    both(signals(0), signals(1), 0.0, observed={"seen": ReverseKL()})
+    assert len(calls) == 2 and "seen" in next(names for names in calls if "logitkd1/kd" in names)
+    calls.clear()
+    terms = LogitKD(per="sample")(signals(0), signals(1), 0.0, observed={"seen": ReverseKL()})
+    assert len(calls) == 1 and terms["seen"].per == "token"
