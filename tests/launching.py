@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +42,24 @@ def run_worker(
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def in_a_process(function: Callable, **arguments) -> int:
+    """How a fork that runs the function ended: 0, 1, or the negative number of the signal that killed it.
+
+    For workers: every rank calls it, so that a launcher outlives the kill of what it launched.
+    """
+    # each run of several ranks meets at a store of its own, not at torchrun's
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    if "MASTER_PORT" in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            function(**arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 from hf_distill import FrozenTeacher
 from hf_distill.methods import ddk
 from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
+from tests.launching import in_a_process
 
 STEPS = 9
 
@@ -79,22 +79,6 @@ def train(
         (folder / f"{name}.json").write_text(json.dumps(facts | {"logs": logs}))
 
 
-def in_a_process(**run) -> int:
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    if "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            train(**run)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 if __name__ == "__main__":
     root, ends = Path(sys.argv[1]), {}
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
@@ -104,8 +88,8 @@ if __name__ == "__main__":
         "boundary": ({"interval": 3, "lora": True, "dataloader_num_workers": 2}, (8,)),
     }
     for name, (options, kills) in (runs if ranks == 1 else {"inside": runs["inside"]}).items():
-        ends[name] = in_a_process(folder=root, name=name, **options)
+        ends[name] = in_a_process(train, folder=root, name=name, **options)
         for step in kills:
-            ends[f"{name} killed"] = in_a_process(folder=root, name=f"{name}-{step}", kill=step, **options)
-            ends[f"{name} resumed"] = in_a_process(folder=root, name=f"{name}-{step}", resume=True, **options)
+            ends[f"{name} killed"] = in_a_process(train, folder=root, name=f"{name}-{step}", kill=step, **options)
+            ends[f"{name} resumed"] = in_a_process(train, folder=root, name=f"{name}-{step}", resume=True, **options)
     (root / f"ends-{rank}.json").write_text(json.dumps(ends))

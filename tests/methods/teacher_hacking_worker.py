@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -19,6 +18,7 @@ from hf_distill import FrozenTeacher
 from hf_distill.methods.teacher_hacking import TeacherHackingConfig, build_trainer
 from hf_distill.training.hacking import TeacherHackingCallback
 from tests.helpers import sft_arguments, tiny_llama, tiny_tokenizer
+from tests.launching import in_a_process
 
 STEPS = 7
 
@@ -69,23 +69,8 @@ def train(folder: Path, name: str, batch: int, *, kill: bool = False, resume: bo
     return facts
 
 
-def in_a_process(**run) -> None:
-    # each run of several ranks meets at a store of its own, not at torchrun's
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            train(batch=2, **run)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    in_a_process(folder=root, name="whole")
-    in_a_process(folder=root, name="killed", kill=True)
-    in_a_process(folder=root, name="killed", resume=True)
+    in_a_process(train, batch=2, folder=root, name="whole")
+    in_a_process(train, batch=2, folder=root, name="killed", kill=True)
+    in_a_process(train, batch=2, folder=root, name="killed", resume=True)

@@ -6,7 +6,6 @@ onpolicy_worker.py FOLDER      one process, or one rank of those that torchrun h
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -15,6 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from tests.launching import in_a_process
 from tests.training.onpolicy_runs import Seen, trainer_of
 from tests.training.resume_worker import Kill
 
@@ -67,23 +67,6 @@ def counted(folder: Path, name: str, **settings) -> None:
     )
     if RANK == 0:
         save_file(seen.gradients[0], folder / f"{name}.safetensors")
-
-
-def in_a_process(function, **run) -> int:
-    """How the process ended: 0, or the negative number of the signal that killed it."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    if "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            function(**run)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -18,6 +17,7 @@ from transformers import TrainerCallback
 
 from hf_distill import DistillSFTTrainer, FeatureKD, FrozenTeacher, LogitKD, TeacherAgreementCallback
 from tests.helpers import sft_arguments, text_dataset, tiny_llama, tiny_tokenizer
+from tests.launching import in_a_process
 
 STEPS = 11
 
@@ -84,24 +84,6 @@ def train(folder: Path, name: str, *, kill: int | None = None, resume: bool = Fa
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
-def in_a_process(**run) -> int:
-    """How the process ended: 0, or the negative number of the signal that killed it."""
-    # each run of several ranks meets at a store of its own, not at torchrun's
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    if "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            train(**run)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 if __name__ == "__main__":
     root, ends = Path(sys.argv[1]), {}
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
@@ -109,9 +91,9 @@ if __name__ == "__main__":
     kills = {"lora": (5, 8), "full": (4,)} if ranks == 1 else {"full": (5,)}
     for kind, steps in kills.items():
         options = {"lora": True} if kind == "lora" else {"lora": False, "bf16": ranks == 1}
-        ends[kind] = in_a_process(folder=root, name=kind, **options)
+        ends[kind] = in_a_process(train, folder=root, name=kind, **options)
         for step in steps:
             name = f"{kind}-{step}"
-            ends[f"{name} killed"] = in_a_process(folder=root, name=name, kill=step, **options)
-            ends[f"{name} resumed"] = in_a_process(folder=root, name=name, resume=True, **options)
+            ends[f"{name} killed"] = in_a_process(train, folder=root, name=name, kill=step, **options)
+            ends[f"{name} resumed"] = in_a_process(train, folder=root, name=name, resume=True, **options)
     (root / f"ends-{rank}.json").write_text(json.dumps(ends))
