@@ -79,7 +79,15 @@ def test_another_objective_s_checkpoint_is_taken(whole, tmp_path):
 
 
 def test_checkpoints_are_sorted_as_words_or_other_folders_count(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x", "other-12", "notes"):
+    for name in (
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-11",
+        "checkpoint-x",
+        "checkpoint-1-x",
+        "other-12",
+        "notes",
+    ):
         (tmp_path / name).mkdir()
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({}))
@@ -146,3 +154,54 @@ def test_many_shapes_are_all_told():
     tensors = {f"p{i}": torch.zeros(i, 2) for i in range(9)}
     assert saving._shapes(tensors).endswith("p7 (7, 2), ...") and saving._shapes({}) == "none"
     assert saving._shapes({"a": torch.zeros(1)}) == "a (1,)"
+
+
+def test_a_gathered_state_leaves_the_objective_in_the_student(whole, tmp_path):
+    """As FSDP and DeepSpeed hand it over."""
+    inner = f"{saving.KEY}.weight"
+    gathered = {k: v for k, v in whole.model.state_dict().items() if saving.KEY not in k}
+    whole._in_checkpoint = True
+    try:
+        whole._save(str(tmp_path), state_dict=gathered | {inner: torch.full((2,), 7.0)})
+    finally:
+        whole._in_checkpoint = False
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if saving.KEY in name]
+    tensors = load_file(tmp_path / FILE)
+    assert tensors["parameter.weight"].tolist() == [7.0, 7.0]
+    assert [name for name in tensors if name.startswith("parameter.")] == ["parameter.weight"]
+
+
+def test_the_state_of_a_teacher_takes_no_space(whole, monkeypatch):
+    weights = sum(p.numel() * p.element_size() for p in whole.model.parameters())
+    monkeypatch.setattr(whole, "_in_checkpoint", True)
+    monkeypatch.setattr(whole.teacher, "state_tensors", lambda: {"average": torch.zeros(2**20, dtype=torch.float16)})
+    usage = type("Usage", (), {"free": 3 * weights + 2**21})
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda place: usage)
+    whole._check_space(whole.args.output_dir)
+    usage.free = 2**20
+    with pytest.raises(DiskFullError, match=r"needs about 2 MiB and .* has 1 MiB left"):
+        whole._check_space(whole.args.output_dir)
+
+
+@pytest.mark.parametrize(("kept", "wanted"), [([1.0], 1.0), ([1.0, 3.0], 2.0), ([1.0, 3.0, 5.0], 3.0)])
+def test_the_loss_of_other_ranks_is_taken_for_one_s_own(whole, monkeypatch, kept, wanted):
+    """Resumed on another number of ranks, each goes on with their mean."""
+    tensors = {"log_steps": torch.tensor([2, 1]), "tokens": torch.tensor(5), "tr_loss": torch.tensor(kept)}
+    monkeypatch.setattr(whole, "_resumed", tensors)
+    whole._restore_running_values()
+    assert float(whole._tr_loss) == wanted and whole._resumed is None and int(whole._tokens) == 5
+
+
+def test_the_hint_names_an_older_checkpoint(whole, tmp_path):
+    for step in (3, 4, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (3, 4):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the last complete one is .*checkpoint-4$"):
+        whole._checkpoint_to_resume(str(tmp_path / "checkpoint-5"))
+
+
+def test_merging_is_asked_for_by_position_or_eight_shapes_are_cut(whole):
+    with pytest.raises(TypeError, match="positional"):
+        whole.student(True)
+    assert not saving._shapes({f"p{i}": torch.zeros(1) for i in range(8)}).endswith("...")
